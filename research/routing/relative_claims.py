@@ -21,21 +21,23 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loraplex_server.model.loading.pull import resolve_model
-from loraplex_training.attached import Attached
-from loraplex_training.batches import IGNORED, batch_of, endless, grouped
-from loraplex_training.block_lora import BlockLora
+from loraplex_training.batches import endless
 from loraplex_training.config import AdapterShape, BlockShape, ExpertShape
-from loraplex_training.examples import Example, tokenise
-from loraplex_training.mixlora import MixLora
-from loraplex_training.shared_prefix import logits_at, shared_prefix_len
+from loraplex_training.engine.adapter import Adam, LearningAdapter
+from loraplex_training.engine.data import Datum
+from loraplex_training.engine.engine import TrainingEngine, Work
+from loraplex_training.engine.frozen_model import FrozenModel
+from loraplex_training.engine.model_weights import ModelWeights
+from loraplex_training.examples import tokenise
+from loraplex_training.families.table import lora_shape, new_adapter
+from loraplex_training.recipes.recipe import Recipe, RecipeAdapter, Start
 from research.zoo.chores import chats
 
 RESULTS = Path(__file__).with_name("relative_claims.json")
@@ -70,122 +72,76 @@ def cells() -> Iterator[Cell]:
                 yield Cell(method, data, seed)
 
 
-def attach(model: nn.Module, method: str) -> nn.Module:
-    if method.startswith("lora-r"):
-        from peft import LoraConfig, get_peft_model
-
-        rank = lora_rank(method)
-        config = LoraConfig(
-            task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear"
-        )
-        return get_peft_model(model, config)
-    if method == "mixlora-4x2":
-        routed = AdapterShape("mixlora", rank=2, alpha=4.0, experts=ExpertShape(4, 2))
-        return Attached(model, lambda base: MixLora(base, routed))
-    blocks = BlockShape(4, method.split("-")[1])
-    shape = AdapterShape("block-lora", rank=8, alpha=16.0, blocks=blocks)
-    return Attached(model, lambda base: BlockLora(base, shape))
-
-
 def lora_rank(method: str) -> int:
     return int(method.removeprefix("lora-r").removesuffix("-b4"))
 
 
-def rate_of_b(method: str) -> float:
-    """How many times the rate of A it is."""
-    return 4.0 if method.endswith("-b4") else 1.0
+def shape_of(method: str) -> AdapterShape:
+    if method.startswith("lora-r"):
+        rank = lora_rank(method)
+        return AdapterShape(rank=rank, alpha=2.0 * rank)
+    if method == "mixlora-4x2":
+        return AdapterShape("mixlora", rank=2, alpha=4.0, experts=ExpertShape(4, 2))
+    blocks = BlockShape(4, method.split("-")[1])
+    return AdapterShape("block-lora", rank=8, alpha=16.0, blocks=blocks)
+
+
+def _four_times_b(adapter: RecipeAdapter, adam: Adam) -> float:
+    before = {name: part["B"].detach().clone() for name, part in adapter.parts.items()}
+    norm = adapter.adam_step(adam)
+    for name, part in adapter.parts.items():
+        part["B"].data.lerp_(before[name], -3.0)
+    return norm
 
 
 class Lab:
-    """The tokenised data of all tasks, and the base to start from."""
+    """The tokenised data of all tasks, and the engine that trains."""
 
     def __init__(self) -> None:
-        self.base = resolve_model()
-        tokenizer = AutoTokenizer.from_pretrained(self.base)
-        self.pad_id = tokenizer.pad_token_id or 0
+        folder = resolve_model()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
 
-        def examples(task: str, split: str, n: int) -> list[Example]:
-            found = chats((task,), split, n)
-            return [
-                tokenise(chat["messages"], tokenizer, max_len=256, where=task) for chat in found
+        def data(task: str, split: str, n: int) -> list[Datum]:
+            examples = [
+                tokenise(chat, tokenizer, max_len=256, where=task)
+                for chat in chats((task,), split, n)
             ]
+            return [Datum.of_chat(each.tokens, each.learn) for each in examples]
 
-        self.train = {task: examples(task, "train", N_TRAIN) for task in TASKS}
-        self.test = {task: examples(task, "test", N_TEST) for task in TASKS}
+        self.train = {task: data(task, "train", N_TRAIN) for task in TASKS}
+        self.test = {task: data(task, "test", N_TEST) for task in TASKS}
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model = FrozenModel(base.config, ModelWeights(base), dtype=torch.bfloat16)
+        self.engine = TrainingEngine(model)
 
     def run(self, cell: Cell) -> dict[str, object]:
         tasks = TASKS if cell.data == "mixed" else (cell.data,)
-        examples = [example for task in tasks for example in self.train[task]]
-        torch.manual_seed(cell.seed)
-        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.bfloat16)
-        model = attach(model, cell.method)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        times = rate_of_b(cell.method)
-        groups = [
-            {"params": [p], "times": times if "lora_B" in name else 1.0}
-            for name, p in trained.items()
-        ]
+        data = [datum for task in tasks for datum in self.train[task]]
+        shape = shape_of(cell.method)
+        adapter = new_adapter(self.engine, shape, cell.seed, data)
+        if cell.method.endswith("-b4"):
+            start = Start(self.engine, lora_shape(shape), cell.seed, data)
+            adapter = RecipeAdapter(Recipe(optimiser=_four_times_b), start)
         steps = STEPS * len(tasks)
-        self._train(model, groups, examples, steps, cell.seed)
+        batches = endless([len(datum) for datum in data], BATCH_TOKENS, cell.seed)
+        for step in range(steps):
+            batch = [data[i] for i in next(batches)]
+            n = sum(datum.n_answers for datum in batch)
+            batch = [replace(datum, weights=datum.weights / n) for datum in batch]
+            self.engine.forward_backward([Work(adapter, batch)])
+            rate = LR * min((step + 1) / 5, 1.0 - 0.9 * step / steps)  # warm-up, then to a tenth
+            self.engine.step(adapter, Adam(rate, beta2=0.99))
         return {
             **asdict(cell),
             "steps": steps,
-            "n_parameters": sum(p.numel() for p in trained.values()),
-            "scores": {task: self._score(model, self.test[task]) for task in tasks},
+            "n_parameters": adapter.n_parameters,
+            "scores": {task: self._score(adapter, self.test[task]) for task in tasks},
         }
 
-    def _train(
-        self,
-        model: nn.Module,
-        groups: list[dict[str, object]],
-        examples: list[Example],
-        steps: int,
-        seed: int,
-    ) -> None:
-        n_shared = shared_prefix_len(examples)
-        optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.99), weight_decay=0.0)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        batches = endless([len(e) for e in examples], BATCH_TOKENS, seed)
-        model.train()
-        for step in range(steps):
-            for group in optimizer.param_groups:  # warm-up, then linear to a tenth
-                rate = LR * group["times"]
-                group["lr"] = rate * min((step + 1) / 5, 1.0 - 0.9 * step / steps)
-            loss, _, _ = self._loss(model, [examples[i] for i in next(batches)], n_shared)
-            if hasattr(model, "auxiliary_loss"):
-                loss = loss + model.auxiliary_loss()
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    @torch.no_grad()
-    def _score(self, model: nn.Module, examples: list[Example]) -> dict[str, float]:
-        model.eval()
-        n_shared = shared_prefix_len(examples)
-        total, n_tokens, n_exact = 0.0, 0, 0
-        for group in grouped([len(e) for e in examples], BATCH_TOKENS):
-            loss, count, exact = self._loss(model, [examples[i] for i in group], n_shared)
-            total += float(loss) * count
-            n_tokens += count
-            n_exact += exact
-        return {"exact": n_exact / len(examples), "loss": total / n_tokens}
-
-    def _loss(
-        self, model: nn.Module, examples: list[Example], n_shared: int
-    ) -> tuple[torch.Tensor, int, int]:
-        """Mean loss of the answers' tokens, how many, and how many answers are right whole."""
-        batch = batch_of(examples, self.pad_id, "cpu")
-        wanted = (batch.labels != IGNORED).any(0).nonzero().squeeze(1)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = logits_at(model, batch, wanted, n_shared)
-        logits, labels = logits.float(), batch.labels[:, wanted]
-        loss = nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED
-        )
-        learnt = labels != IGNORED
-        right = ((logits.argmax(-1) == labels) | ~learnt).all(dim=1)
-        return loss, int(learnt.sum()), int(right.sum())
+    def _score(self, adapter: LearningAdapter, data: list[Datum]) -> dict[str, float]:
+        (outcome,) = self.engine.forward_backward([Work(adapter, data)], backward=False)
+        n_tokens = sum(datum.n_answers for datum in data)
+        return {"exact": sum(outcome.right) / len(data), "loss": outcome.loss / n_tokens}
 
 
 def run() -> None:

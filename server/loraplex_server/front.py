@@ -159,7 +159,6 @@ def _makers(
             base_name=base.name,
             max_len=base.engine.max_model_len,
             max_budget_s=options.max_budget_s,
-            max_rank=config.engine.max_lora_rank,
         )
     store_methods = StoreMethods(
         store,

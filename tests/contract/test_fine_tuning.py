@@ -238,6 +238,29 @@ def test_a_supervised_job_makes_a_model_that_answers_and_that_peft_agrees_on(
             getattr(client.fine_tuning.jobs, status)(job.id)
 
 
+def test_a_job_trains_the_family_that_it_names(
+    client: OpenAI, folder: Path, server: ServerProcess
+) -> None:
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=_upload(client, SUPERVISED).id,
+        method={"type": "supervised", "supervised": {"hyperparameters": {**FAST, "n_epochs": 4}}},
+        extra_body={"family": "dora", "rank": 4},
+    )
+    job = _ended(client, job.id)
+    assert job.status == "succeeded", job.error
+    assert job.fine_tuned_model is not None
+    headers = {"authorization": "Bearer acme-key"}
+    path = f"{server.url}/v1/adapters/{job.fine_tuned_model}"
+    card = httpx.get(path, headers=headers).json()
+    training = card["provenance"]["training"]
+    assert (training["family"], training["rank"], training["alpha"]) == ("dora", 4, 8.0)
+    trained = _peft(folder, card["digest"])
+    assert trained.peft_config["default"].use_dora
+    answer = _greedy(trained, folder / "tiny", "word 99")
+    assert _ask(client, job.fine_tuned_model, "word 99") == answer
+
+
 def test_dpo_prefers_the_preferred_answers(client: OpenAI) -> None:
     job = client.fine_tuning.jobs.create(
         model="tiny",
@@ -318,6 +341,8 @@ def test_what_cannot_be_trained_is_refused_with_the_field(client: OpenAI) -> Non
         ),
         ({"method": {"type": "dpo"}}, openai.BadRequestError, "training_file"),
         ({"method": {"type": "reinforcement"}}, openai.BadRequestError, "method.type"),
+        ({"extra_body": {"family": "magic"}}, openai.BadRequestError, "family"),
+        ({"extra_body": {"recipe": "kasa", "family": "dora"}}, openai.BadRequestError, "recipe"),
         ({"suffix": "a b"}, openai.BadRequestError, "suffix"),
         ({"hyperparameters": {"n_epochs": 0}}, openai.BadRequestError, "hyperparameters.n_epochs"),
         ({"extra_body": {"adapter": "a b"}}, openai.BadRequestError, "name"),

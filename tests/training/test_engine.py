@@ -7,12 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraplex_training.config import AdapterShape
 from loraplex_training.engine.adapter import Adam, LearningAdapter, LoraShape
 from loraplex_training.engine.data import Datum
 from loraplex_training.engine.engine import TrainingEngine, Work
 from loraplex_training.engine.frozen_model import FrozenModel
 from loraplex_training.engine.model_weights import ModelWeights
+from loraplex_training.engine.segmented_lora import Dropout
 from loraplex_training.errors import TrainingError
+from loraplex_training.families.dora import Dora
+from loraplex_training.families.table import new_adapter
 from tests.support.bases.architectures import tiny_model
 from tests.support.bases.tiny_models import untouched
 
@@ -43,7 +47,10 @@ def _with_values(adapter: LearningAdapter, seed: int) -> LearningAdapter:
 
 
 def _of_peft(
-    model: torch.nn.Module, adapter: LearningAdapter, data: Sequence[Datum]
+    model: torch.nn.Module,
+    adapter: LearningAdapter,
+    data: Sequence[Datum],
+    dropout: Dropout | None = None,
 ) -> dict[str, Tensor]:
     """Return the gradients that PEFT computes in float64, a sequence at a time."""
     shape = adapter.shape
@@ -55,19 +62,36 @@ def _of_peft(
         use_rslora=shape.rslora,
         fan_in_fan_out=model.config.model_type == "gpt2",
         target_modules=targets,
+        layers_to_transform=None if shape.layers is None else list(shape.layers),
+        use_dora=isinstance(adapter, Dora),
+        lora_dropout=shape.dropout,
     )
     tuned = peft.get_peft_model(untouched(model), config)  # type: ignore[arg-type]
     peft.set_peft_model_state_dict(tuned, adapter.tensors())
     tuned = tuned.double().eval()
+    for name in adapter.factors if dropout else ():
+        module = tuned.get_submodule(f"base_model.model.{name}")
+        module.lora_dropout["default"] = _Masked(name, dropout)
     for datum in data:
         logits = tuned(input_ids=datum.tokens[None]).logits[0]
         logprobs = logits.log_softmax(-1).gather(1, datum.targets[:, None])[:, 0]
         (-(logprobs * datum.weights).sum()).backward()
     return {
-        name.replace(".default", ""): parameter.grad
+        name.replace(".default", "").replace("vector.weight", "vector"): parameter.grad
         for name, parameter in tuned.named_parameters()
         if parameter.grad is not None
     }
+
+
+class _Masked(torch.nn.Module):
+    """Dropout whose masks are given."""
+
+    def __init__(self, name: str, dropout: Dropout) -> None:
+        super().__init__()
+        self._name, self._dropout = name, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self._dropout.mask(self._name, x[0].float())
 
 
 def _distance(adapter: LearningAdapter, expected: dict[str, Tensor]) -> float:
@@ -107,6 +131,99 @@ def test_gradients_of_a_mixed_batch_are_those_of_peft(family: str) -> None:
             -float((p * d.weights).sum()) for p, d in zip(outcome.logprobs, each, strict=True)
         )
         assert outcome.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_of_dropout_are_those_of_peft_with_the_same_masks() -> None:
+    model = tiny_model("qwen2")
+    engine = _engine(model)
+    shape = LoraShape(4, 8.0, dropout=0.3)
+    adapter, twin = (_with_values(engine.new_adapter(shape, 3), 0) for _ in range(2))
+    data = [_datum(1, 30)]
+    engine.forward_backward([Work(adapter, data)])
+    dropout = twin.next_dropout()
+    assert _distance(adapter, _of_peft(model, adapter, data, dropout)) < 1e-5
+    assert _distance(adapter, _of_peft(model, adapter, data)) > 1e-2
+    before = engine.forward_backward([Work(adapter, data)], backward=False)[0].loss
+    plain = _with_values(engine.new_adapter(LoraShape(4, 8.0), 3), 0)  # no dropout in evaluations
+    assert before == engine.forward_backward([Work(plain, data)], backward=False)[0].loss
+
+
+def test_masks_keep_their_share_and_differ_by_linear_pass_and_step() -> None:
+    adapter = LearningAdapter(LoraShape(1, 1.0, dropout=0.25), {"x": (torch.ones(1, 1),) * 2})
+    like = torch.ones(100, 100)
+    passes = [adapter.next_dropout(), adapter.next_dropout()]
+    adapter.step(Adam(lr=0.0))
+    passes.append(adapter.next_dropout())
+    masks = [dropout.mask(name, like) for dropout in passes for name in ("q", "k")]
+    for i, mask in enumerate(masks):
+        assert mask.unique().tolist() == pytest.approx([0.0, 4 / 3])
+        assert float(mask.mean()) == pytest.approx(1.0, abs=0.03)
+        assert not any(torch.equal(mask, other) for other in masks[:i])
+
+
+def test_gradients_of_a_choice_of_layers_are_those_of_peft() -> None:
+    model = tiny_model("llama")
+    engine = _engine(model)
+    adapter = _with_values(
+        engine.new_adapter(LoraShape(4, 8.0, ("q_proj", "down_proj"), layers=(1, 2)), 0), 0
+    )
+    engine.forward_backward([Work(adapter, [_datum(1, 30)])])
+    assert _distance(adapter, _of_peft(model, adapter, [_datum(1, 30)])) < 1e-5
+    with pytest.raises(TrainingError, match="no layer 3"):
+        engine.new_adapter(LoraShape(4, 8.0, layers=(1, 3)), 0)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])  # with biases; with Conv1D
+def test_gradients_of_dora_are_those_of_peft_beside_a_plain_lora(family: str) -> None:
+    model = tiny_model(family)
+    engine = _engine(model)
+    dora = new_adapter(engine, AdapterShape("dora", rank=4, alpha=8.0), 0, [])
+    plain = _with_values(engine.new_adapter(LoraShape(4, 8.0), 1), 1)
+    bare = Work(LearningAdapter(plain.shape, {}), [_datum(1, 30)])
+    base = engine.forward_backward([bare], backward=False)[0]
+    fresh = engine.forward_backward([Work(dora, [_datum(1, 30)])], backward=False)[0]
+    assert fresh.loss == pytest.approx(base.loss, rel=1e-5)  # m starts as the norm
+    _with_values(dora, 0)
+    for name, parameter in dora.parameters.items():
+        if name.endswith("magnitude_vector"):
+            parameter.data.mul_(1.2)
+    dora.refresh()
+    data = [_datum(1, 30, 12), _datum(2, 21, 12)]
+    engine.forward_backward([Work(dora, data), Work(plain, [_datum(3, 17)])])
+    assert engine.n_shared == 1
+    assert _distance(dora, _of_peft(model, dora, data)) < 1e-5
+    assert _distance(plain, _of_peft(model, plain, [_datum(3, 17)])) < 1e-5
+    norm_of_step = dora.gains
+    engine.step(dora, Adam(lr=0.1))
+    assert not torch.equal(dora.gains[next(iter(norm_of_step))], next(iter(norm_of_step.values())))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_gradient_checkpointing_changes_no_bit_and_keeps_less(family: str) -> None:
+    model = tiny_model(family)
+    data = [_datum(1, 30, 12), _datum(2, 21, 12)]
+    kept, gradients = [], []
+    for checkpointing in (False, True):
+        weights = ModelWeights(model)
+        engine = TrainingEngine(
+            FrozenModel(
+                model.config, weights, dtype=torch.float32, gradient_checkpointing=checkpointing
+            )
+        )
+        shape = LoraShape(4, 8.0, dropout=0.1)
+        first, second = (_with_values(engine.new_adapter(shape, i), i) for i in range(2))
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            engine.forward_backward([Work(first, data), Work(second, [_datum(3, 17)])])
+        kept.append(sum(sizes))
+        gradients.append([p.grad for a in (first, second) for p in a.parameters.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < 0.5 * kept[0]
 
 
 def test_many_batches_add_up() -> None:

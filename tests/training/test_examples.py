@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_training.batches import IGNORED, batch_of, endless, grouped
+from loraplex_training.batches import endless
+from loraplex_training.engine.data import Datum
 from loraplex_training.errors import ExamplesError
 from loraplex_training.examples import (
     Chat,
-    Example,
     Message,
     held_out,
     read_jsonl,
@@ -136,7 +136,6 @@ def test_an_epoch_shows_every_example_once_in_batches_that_fit() -> None:
         if len(seen) == 101 and min(seen.values()) == 1 and sum(seen.values()) == 101:
             break
     assert n_batches < 30
-    assert sorted(i for group in grouped(lengths, 128) for i in group) == list(range(101))
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
@@ -146,16 +145,11 @@ def test_the_order_depends_on_the_seed_alone() -> None:
     assert first != list(islice(endless(lengths, 64, seed=2), 40))
 
 
-def test_labels_are_the_next_token_where_it_is_to_be_learnt() -> None:
-    batch = batch_of(
-        [Example((5, 6, 7, 8), (False, False, True, True)), Example((5, 9), (False, True))],
-        pad_id=0,
-        device="cpu",
-    )
-    assert batch.tokens.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
-    assert batch.mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    x = IGNORED
-    assert batch.labels.tolist() == [[x, 7, 8, x], [9, x, x, x]]
+def test_targets_are_the_next_token_and_weigh_where_it_is_to_be_learnt() -> None:
+    datum = Datum.of_chat((5, 6, 7, 8), (False, False, True, True))
+    assert datum.tokens.tolist() == [5, 6, 7]
+    assert datum.targets.tolist() == [6, 7, 8]
+    assert datum.weights.tolist() == [0, 1, 1]
 
 
 def test_what_is_held_out_is_spread_over_the_data_and_fits_its_limit() -> None:

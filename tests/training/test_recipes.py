@@ -13,16 +13,17 @@ from peft.tuners.lora.variants import _kasa_layer_regularization_loss
 from torch import Tensor
 
 from loraplex_training import config
+from loraplex_training.config import ShapeError
 from loraplex_training.engine.adapter import Adam, LearningAdapter, LoraShape
 from loraplex_training.engine.data import Datum
 from loraplex_training.engine.engine import TrainingEngine, Work
 from loraplex_training.engine.frozen_model import FrozenModel
 from loraplex_training.engine.model_weights import ModelWeights
-from loraplex_training.errors import TrainingError
+from loraplex_training.families.table import new_adapter
 from loraplex_training.recipes.ba_lora import penalty
 from loraplex_training.recipes.lora_pro import adjusted
 from loraplex_training.recipes.recipe import RecipeAdapter
-from loraplex_training.recipes.table import RECIPES, new_adapter
+from loraplex_training.recipes.table import RECIPES
 from tests.support.adapters.plan_executor import plan_logits
 from tests.support.bases.tiny_models import read_path, tiny_llama, untouched
 
@@ -55,7 +56,8 @@ def _steps(engine: TrainingEngine, adapter: LearningAdapter, n: int, lr: float =
 
 
 def _recipe(engine: TrainingEngine, name: str) -> RecipeAdapter:
-    adapter = new_adapter(engine, name, SHAPE, 5, _data())
+    shape = config.AdapterShape(recipe=name, rank=4, alpha=6.0, targets=SHAPE.targets)
+    adapter = new_adapter(engine, shape, 5, _data())
     assert isinstance(adapter, RecipeAdapter)
     return adapter
 
@@ -125,10 +127,8 @@ def test_the_names_are_those_of_the_options() -> None:
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        TrainingError, match=r"'lora-xl' is not known; choose lora, allora, ba-lora"
-    ):
-        new_adapter(_engine(), "lora-xl", SHAPE, 0, _data())
+    with pytest.raises(ShapeError, match=r"'lora-xl'; choose lora, allora, ba-lora"):
+        config.AdapterShape(recipe="lora-xl")
 
 
 def test_gradients_of_the_base_are_autograds() -> None:

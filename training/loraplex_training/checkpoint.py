@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_SMOOTHING = 0.9  # of the training loss that is shown
+
+
 @dataclass(slots=True)
 class Progress:
     """The state of a run besides its tensors."""
@@ -27,6 +30,21 @@ class Progress:
     best_loss: float | None = None  # of the validation
     n_worse: int = 0  # validations since the best loss
     base_loss: float | None = None  # of the validation before the first step
+
+    def stepped(self, loss: float, n_tokens: int) -> None:
+        """Count a step. ``loss``: that of its data, before it."""
+        old = self.train_loss
+        self.train_loss = loss if old is None else _SMOOTHING * old + (1 - _SMOOTHING) * loss
+        self.step += 1
+        self.n_tokens += n_tokens
+
+    def validated(self, loss: float) -> bool:
+        """Note the loss of a validation, and return True if it is the best so far."""
+        if self.best_loss is not None and loss >= self.best_loss:
+            self.n_worse += 1
+            return False
+        self.best_loss, self.best_step, self.n_worse = loss, self.step, 0
+        return True
 
 
 def save(path: Path, fingerprint: str, progress: Progress, tensors: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 PLAIN = "lora"  # the recipe of PEFT
 RECIPES: Mapping[str, int] = {  # name → the saved rank, in trained ranks
@@ -10,7 +11,16 @@ RECIPES: Mapping[str, int] = {  # name → the saved rank, in trained ranks
     **dict.fromkeys(("lora-pro", "lora-sb", "sora"), 1),
     **dict.fromkeys(("ba-lora", "kasa", "lora-ga"), 2),  # with what was subtracted from the base
 }
+FAMILIES = ("lora", "dora", "block-lora", "mixlora")
 _STORED_DTYPES = ("float16", "bfloat16", "float32")
+
+
+class ShapeError(ValueError):
+    """A value of a shape that is not possible. ``field`` names it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +34,11 @@ class ExpertShape:
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.n_experts:
-            raise ValueError(f"top_k is {self.top_k}; it must be in 1…{self.n_experts}")
+            raise ShapeError("experts", f"top_k is {self.top_k}; it must be in 1…{self.n_experts}")
         if self.balance not in ("pooled", "argmax", "none"):
-            raise ValueError(f"balance is {self.balance!r}; choose pooled, argmax or none")
+            raise ShapeError(
+                "experts", f"balance is {self.balance!r}; choose pooled, argmax or none"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +50,16 @@ class BlockShape:
 
     def __post_init__(self) -> None:
         if self.n_blocks < 1:
-            raise ValueError(f"n_blocks is {self.n_blocks}; it must be at least 1")
+            raise ShapeError("blocks", f"n_blocks is {self.n_blocks}; it must be at least 1")
         if self.axis not in ("rank", "feature"):
-            raise ValueError(f"axis is {self.axis!r}; choose rank or feature")
+            raise ShapeError("blocks", f"axis is {self.axis!r}; choose rank or feature")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterShape:
-    """The modules and the size of an adapter. ``family`` is a key of ``families.FAMILIES``."""
+    """The modules and the size of an adapter. Raises ShapeError."""
 
-    family: str = "lora"
+    family: str = "lora"  # one of ``FAMILIES``
     recipe: str = PLAIN  # or a key of ``RECIPES``, which end as a plain LoRA
     rank: int = 8
     alpha: float = 16.0
@@ -61,24 +73,59 @@ class AdapterShape:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; it must be at least 1")
+            raise ShapeError("rank", f"rank is {self.rank}; it must be at least 1")
         if not self.targets:
-            raise ValueError("no target module is named; use 'all-linear' for every linear layer")
+            raise ShapeError(
+                "targets", "no target module is named; use 'all-linear' for every linear layer"
+            )
+        if self.family not in FAMILIES:
+            raise ShapeError(
+                "family", f"family {self.family!r} cannot be trained; choose {', '.join(FAMILIES)}"
+            )
         if self.recipe not in (PLAIN, *RECIPES):
-            raise ValueError(
-                f"recipe is {self.recipe!r}; choose {PLAIN}, {', '.join(sorted(RECIPES))}"
+            raise ShapeError(
+                "recipe",
+                f"recipe is {self.recipe!r}; choose {PLAIN}, {', '.join(sorted(RECIPES))}",
             )
         if self.recipe != PLAIN and (self.family != "lora" or self.dropout or self.layers):
-            raise ValueError(
+            raise ShapeError(
+                "recipe",
                 f"recipe {self.recipe!r} trains LoRA without dropout on every layer; "
-                "leave out family, dropout and layers"
+                "leave out family, dropout and layers",
             )
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+            raise ShapeError("dropout", f"dropout is {self.dropout}; it must be in [0, 1)")
+        self._refuse_unused()
         if self.stored_dtype not in _STORED_DTYPES:
-            raise ValueError(
-                f"stored dtype is {self.stored_dtype!r}; choose {', '.join(_STORED_DTYPES)}"
+            raise ShapeError(
+                "stored_dtype",
+                f"stored dtype is {self.stored_dtype!r}; choose {', '.join(_STORED_DTYPES)}",
             )
+
+    def _refuse_unused(self) -> None:
+        """Raise ShapeError for options that the family does not have."""
+        family = self.family
+        if self.experts is not None and family != "mixlora":
+            raise ShapeError("experts", f"experts are for family mixlora, not for {family}")
+        if self.blocks is not None and family != "block-lora":
+            raise ShapeError("blocks", f"blocks are for family block-lora, not for {family}")
+        if self.dropout and family == "dora":
+            raise ShapeError("dropout", "dora is trained without dropout; leave it out")
+        if family not in ("block-lora", "mixlora"):
+            return
+        if self.layers is not None:
+            raise ShapeError("layers", f"{family} adapts every layer; leave the layers out")
+        if self.rslora:
+            raise ShapeError("rslora", f"{family} is scaled by alpha / rank; leave rsLoRA out")
+        if family == "mixlora" and tuple(self.targets) != ("all-linear",):
+            raise ShapeError("targets", "mixlora adapts all-linear; leave the targets out")
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> "AdapterShape":
+        """Return the shape that ``settings()`` describes."""
+        parts = {"experts": ExpertShape, "blocks": BlockShape}
+        nested = {key: parts[key](**settings[key]) for key in parts.keys() & settings.keys()}
+        return cls(**{**settings, **nested})
 
     def settings(self) -> dict[str, object]:
         """Return the shape as JSON values, without the settings of other families."""
@@ -126,6 +173,7 @@ class TrainingConfig:
     max_len: int = 512  # tokens; longer examples are refused
     device: str = "auto"
     threads: int | None = None  # CPU threads; None = torch's default
+    gradient_checkpointing: bool = False  # less memory, a third more time; the same gradients
     name: str | None = None  # None = the name of ``out``
     description: str | None = None
     prompts: Sequence[str] = ()  # example prompts for the card

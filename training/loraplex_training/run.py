@@ -1,8 +1,7 @@
-"""The state of one training run in memory: data, model, optimiser and progress."""
+"""A run of `loraplex train` on the training engine: data, adapter and progress."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -14,26 +13,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint
-from .batches import IGNORED, Batch, batch_of, endless, grouped
+from .batches import endless
 from .checkpoint import Progress
-from .config import TrainingConfig
+from .config import PLAIN, TrainingConfig
+from .engine.adapter import WEIGHTS, Adam, LearningAdapter
+from .engine.data import Datum
 from .engine.dtype import compute_dtype
+from .engine.engine import TrainingEngine, Work
+from .engine.frozen_model import FrozenModel
+from .engine.model_weights import ModelWeights
 from .errors import TrainingError
 from .examples import Example, held_out, read_jsonl, tokenise
-from .families import check_start, family_of
+from .families.table import new_adapter
 from .schedule import rate_share
-from .shared_prefix import logits_at, shared_prefix_len
+from .starting_adapter import StartingAdapter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-_WEIGHTS = "adapter_model.safetensors"
-_FORMAT = 1  # of the checkpoint; raise it when old checkpoints cannot be resumed exactly
-_CLIP = 1.0  # of the gradient norm
-_SMOOTHING = 0.9  # of the training loss that is shown
+_FORMAT = 2  # of the checkpoint; raise it when old checkpoints cannot be resumed exactly
+_BETA2 = 0.99  # of Adam, because most runs are short
 
 
 class StepReport(NamedTuple):
@@ -65,32 +67,30 @@ class _Data:
 
 
 class Run:
-    """The state of a run in memory: model, optimiser and progress.
-
-    A subclass may learn otherwise: the methods from ``_attach`` to ``_save`` are its hooks.
-    """
+    """The state of a run in memory: the engine, the adapter and the progress."""
 
     def __init__(self, config: TrainingConfig, path: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds
+        from transformers import AutoTokenizer  # takes seconds
 
         self._config = config
         self._path = path
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self._device = _device(config.device)
         tokenizer = AutoTokenizer.from_pretrained(config.base)
         if not (config.chat_template or tokenizer.chat_template):
             raise TrainingError(f"{config.base} has no chat template; use an instruct model")
-        self._pad_id: int = tokenizer.pad_token_id or 0
+        if config.start is not None and config.shape.recipe != PLAIN:
+            raise TrainingError("a recipe begins with its own start; leave out --start")
+        self._start = None
+        if config.start is not None:
+            self._start = StartingAdapter.read(config.start, config.shape)
         self._data = _read(config, tokenizer)
-        self._fingerprint = _fingerprint(config, self._data)
-        torch.manual_seed(config.schedule.seed)
-        # Frozen bfloat16 weights with autocast are the fastest on CPUs with AVX512-BF16 and on
-        # GPUs; the adapter's own parameters stay float32.
-        dtype = compute_dtype(torch.device(self._device))
-        base = AutoModelForCausalLM.from_pretrained(config.base, dtype=dtype)
-        self._trained: dict[str, Tensor] = {}
-        self._attach(base.to(self._device))
+        self._fingerprint = _fingerprint(config, self._data, self._start)
+        self._engine = _engine(config)
+        data = [_datum(example, 1.0) for example in self._data.train]
+        self._adapter = new_adapter(self._engine, config.shape, config.schedule.seed, data)
+        if self._start is not None:
+            self._adapter.start_from(self._start.tensors)
         self._progress = Progress()
         self._best: dict[str, Tensor] = {}
         self._validation_loss: float | None = None
@@ -100,7 +100,7 @@ class Run:
         if not self._path.is_file():
             return
         self._progress, tensors = checkpoint.load(self._path, self._fingerprint)
-        self._load_state(tensors)
+        self._adapter.load_state(tensors)
         self._best = {
             name.removeprefix("best."): tensor
             for name, tensor in tensors.items()
@@ -116,7 +116,7 @@ class Run:
         started = saved = time.monotonic()
         before_s, before_tokens = progress.seconds, progress.n_tokens
         if self._data.validation and progress.step == 0:
-            self._validate()  # a fresh adapter changes nothing, so this scores the base
+            self._validate()
         while progress.step < schedule.steps and not self._stalled():
             self._step([self._data.train[i] for i in next(groups)])
             now = time.monotonic()
@@ -142,18 +142,21 @@ class Run:
     def checkpoint(self) -> None:
         if self._progress.step == 0:
             return
-        tensors = self._state() | {f"best.{name}": tensor for name, tensor in self._best.items()}
+        tensors = self._adapter.state() | {
+            f"best.{name}": tensor for name, tensor in self._best.items()
+        }
         checkpoint.save(self._path, self._fingerprint, self._progress, tensors)
 
     def export(self) -> TrainedAdapter:
         """Write the card and the best weights; without validation, the last weights."""
         config, out = self._config, self._config.out
         if self._best:
-            self._set_weights(self._best)
+            self._adapter.load_state(self._best)
         fresh = out / ".training" / "out"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        self._save(fresh)
+        dtype = getattr(torch, config.shape.stored_dtype)
+        self._adapter.save(fresh, config.base_name, dtype)
         if config.chat_template is not None:
             (fresh / "chat_template.jinja").write_text(config.chat_template, encoding="utf-8")
         (fresh / "card.json").write_text(json.dumps(self._card(), indent=2) + "\n")
@@ -162,124 +165,40 @@ class Run:
             file.replace(out / file.name)
         return TrainedAdapter(
             folder=out,
-            n_parameters=sum(p.numel() for p in self._trained.values()),
-            n_bytes=(out / _WEIGHTS).stat().st_size,
+            n_parameters=self._adapter.n_parameters,
+            n_bytes=(out / WEIGHTS).stat().st_size,
             progress=self._progress,
             validation_loss=self._progress.best_loss,
-            base_validation_loss=None if config.start else self._progress.base_loss,
+            base_validation_loss=None if self._start else self._progress.base_loss,
         )
 
     def _step(self, examples: list[Example]) -> None:
         schedule, progress = self._config.schedule, self._progress
         share = rate_share(progress.step, schedule.steps, schedule.warmup_steps)
-        value, n_tokens = self._learn(examples, schedule.lr * share)
-        if not math.isfinite(value):
+        n = sum(sum(example.learn[1:]) for example in examples)
+        work = Work(self._adapter, [_datum(example, 1 / n) for example in examples])
+        (outcome,) = self._engine.forward_backward([work])
+        if not math.isfinite(outcome.loss):
             raise TrainingError(
-                f"the loss is {value} at step {progress.step}; lower the learning rate"
+                f"the loss is {outcome.loss} at step {progress.step}; lower the learning rate"
             )
-        old = progress.train_loss
-        progress.train_loss = value if old is None else _SMOOTHING * old + (1 - _SMOOTHING) * value
-        progress.step += 1
-        progress.n_tokens += n_tokens
+        adam = Adam(schedule.lr * share, beta2=_BETA2, weight_decay=schedule.weight_decay)
+        self._engine.step(self._adapter, adam)
+        progress.stepped(outcome.loss, outcome.n_tokens)
 
-    @torch.no_grad()
     def _validate(self) -> None:
         """Validate, and record the loss and the best weights."""
-        examples, progress = self._data.validation, self._progress
-        groups = grouped([len(e) for e in examples], self._config.schedule.batch_tokens)
-        total, n = 0.0, 0
-        for group in groups:
-            loss, count = self._score([examples[i] for i in group])
-            total += loss
-            n += count
-        self._validation_loss = total / n
+        progress, adapter = self._progress, self._adapter
+        if progress.step == 0 and self._start is None:
+            adapter = LearningAdapter(self._adapter.shape, {})  # the base
+        work = Work(adapter, [_datum(example, 1.0) for example in self._data.validation])
+        (outcome,) = self._engine.forward_backward([work], backward=False)
+        n = sum(sum(example.learn[1:]) for example in self._data.validation)
+        self._validation_loss = loss = outcome.loss / n
         if progress.step == 0:
-            progress.base_loss = self._validation_loss
-        elif progress.best_loss is None or self._validation_loss < progress.best_loss:
-            progress.best_loss, progress.best_step = self._validation_loss, progress.step
-            progress.n_worse = 0
-            self._best = self._weights()
-        else:
-            progress.n_worse += 1
-
-    def _attach(self, base: PreTrainedModel) -> None:
-        config = self._config
-        self._family = family_of(config.shape.family)
-        self._model = self._family.attach(base, config.shape)
-        if config.start is not None:
-            check_start(config.start, config.shape)
-            self._family.load(self._model, _tensors_of(config.start))
-        self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            list(self._trained.values()),
-            lr=config.schedule.lr,
-            betas=(0.9, 0.99),
-            weight_decay=config.schedule.weight_decay,
-        )
-        # An auxiliary loss counts only the tokens after the shared prefix.
-        self._n_shared = shared_prefix_len(self._data.train + self._data.validation)
-
-    def _learn(self, examples: list[Example], lr: float) -> tuple[float, int]:
-        """Do a step, and return the mean loss before it and the number of tokens."""
-        schedule = self._config.schedule
-        torch.manual_seed(schedule.seed * 1_000_003 + self._progress.step)  # dropout, resumable
-        self._model.train()
-        batch = batch_of(examples, self._pad_id, self._device)
-        loss = self._loss(batch)
-        total = loss
-        if self._family.extra_loss is not None:
-            total = loss + self._family.extra_loss(self._model)
-        total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self._trained.values(), _CLIP)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return float(loss.detach()), int(batch.mask.sum())
-
-    def _score(self, examples: list[Example]) -> tuple[float, int]:
-        """Return the summed loss and the tokens to learn; before the first step, the base's."""
-        self._model.eval()
-        batch = batch_of(examples, self._pad_id, self._device)
-        n = int((batch.labels != IGNORED).sum())
-        return float(self._loss(batch)) * n, n
-
-    def _loss(self, batch: Batch) -> Tensor:
-        """Return the mean loss over the tokens to learn; the head runs at their positions only."""
-        positions = (batch.labels != IGNORED).any(0).nonzero().squeeze(1)
-        narrow = compute_dtype(torch.device(self._device)) is torch.bfloat16
-        with torch.autocast(self._device.partition(":")[0], torch.bfloat16, enabled=narrow):
-            logits = logits_at(self._model, batch, positions, self._n_shared)
-        logits = logits.float().flatten(0, 1)
-        labels = batch.labels[:, positions].flatten()
-        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
-
-    def _weights(self) -> dict[str, Tensor]:
-        """Return copies of all that is saved."""
-        return {n: p.detach().clone() for n, p in self._trained.items()}
-
-    def _set_weights(self, weights: dict[str, Tensor]) -> None:
-        for name, tensor in weights.items():
-            self._trained[name].data.copy_(tensor)
-
-    def _state(self) -> dict[str, Tensor]:
-        """Return the weights and the optimiser's state."""
-        tensors = {f"now.{name}": parameter.detach() for name, parameter in self._trained.items()}
-        for name, parameter in self._trained.items():
-            for key, value in self._optimizer.state[parameter].items():
-                tensors[f"adam.{key}.{name}"] = value
-        return tensors
-
-    def _load_state(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self._trained.items():
-            parameter.data.copy_(tensors[f"now.{name}"])
-            self._optimizer.state[parameter] = {
-                key: tensors[f"adam.{key}.{name}"].to(parameter.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-
-    def _save(self, folder: Path) -> None:
-        self._family.save(self._model, self._config.shape, self._config.base_name, folder)
+            progress.base_loss = loss
+        elif progress.validated(loss):
+            self._best = self._adapter.weights()
 
     def _stalled(self) -> bool:
         patience = self._config.schedule.patience
@@ -289,7 +208,7 @@ class Run:
         """Return the adapter's card: its purpose, data, settings and losses."""
         config, progress = self._config, self._progress
         shape, schedule = config.shape.settings(), asdict(config.schedule)
-        before = "base_validation_loss" if config.start is None else "start_validation_loss"
+        before = "start_validation_loss" if self._start else "base_validation_loss"
         return {
             "name": config.name or config.out.name,
             "description": config.description,
@@ -299,7 +218,7 @@ class Run:
                 "data_sha256": self._data.sha256,
                 "n_examples": len(self._data.train),
                 "n_validation": len(self._data.validation),
-                "n_parameters": sum(p.numel() for p in self._trained.values()),
+                "n_parameters": self._adapter.n_parameters,
                 "shape": shape,
                 "schedule": schedule,
                 "steps_done": progress.step,
@@ -309,7 +228,7 @@ class Run:
                 "train_loss": _rounded(progress.train_loss),
                 "validation_loss": _rounded(progress.best_loss),
                 before: _rounded(progress.base_loss),
-                **({} if config.start is None else _provenance_of(config.start)),
+                **({} if self._start is None else _provenance_of(self._start)),
             },
         }
 
@@ -341,7 +260,7 @@ def _read(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> _Data:
     return _Data(train_set, validation, digest.hexdigest())
 
 
-def _fingerprint(config: TrainingConfig, data: _Data) -> str:
+def _fingerprint(config: TrainingConfig, data: _Data, start: StartingAdapter | None) -> str:
     """Return a digest of everything that the result of a run depends on."""
     schedule = asdict(config.schedule)
     del schedule["checkpoint_every_s"]
@@ -354,45 +273,38 @@ def _fingerprint(config: TrainingConfig, data: _Data) -> str:
         "shape": config.shape.settings(),
         "schedule": schedule,
     }
-    if config.start is not None:
-        settings["start"] = _digest_of(config.start)
+    if start is not None:
+        settings["start"] = start.sha256
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _tensors_of(adapter: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors: dict[str, Tensor] = load(_weights_of(adapter))
-    except SafetensorError as error:
-        raise TrainingError(f"cannot start from {adapter}: {error}") from error
-    return tensors
-
-
-def _digest_of(adapter: Path) -> str:
-    return hashlib.sha256(_weights_of(adapter)).hexdigest()
-
-
-def _provenance_of(adapter: Path) -> dict[str, object]:
+def _provenance_of(start: StartingAdapter) -> dict[str, object]:
     """Return the part of the card that describes the adapter a run started from."""
-    provenance: dict[str, object] = {"start_sha256": _digest_of(adapter)}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # trained elsewhere
-        provenance["before"] = json.loads((adapter / "card.json").read_text())["training"]
-    return provenance
+    before = {} if start.trained is None else {"before": start.trained}
+    return {"start_sha256": start.sha256, **before}
 
 
-def _weights_of(adapter: Path) -> bytes:
-    try:
-        return (adapter / _WEIGHTS).read_bytes()
-    except OSError as error:
-        raise TrainingError(f"cannot start from {adapter}: {error.strerror}") from error
+def _engine(config: TrainingConfig) -> TrainingEngine:
+    from transformers import AutoModelForCausalLM
+
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = compute_dtype(torch.device(device))
+    base = AutoModelForCausalLM.from_pretrained(config.base, dtype=dtype).to(device)
+    model = FrozenModel(
+        base.config,
+        ModelWeights(base),
+        dtype=dtype,
+        device=device,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    return TrainingEngine(model)
 
 
-def _device(spec: str) -> str:
-    if spec == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return spec
+def _datum(example: Example, weight: float) -> Datum:
+    datum = Datum.of_chat(example.tokens, example.learn)
+    return Datum(datum.tokens, datum.targets, datum.weights * weight)
 
 
 def _rounded(value: float | None) -> float | None:

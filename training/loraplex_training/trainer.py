@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from .config import PLAIN, TrainingConfig
+from .config import TrainingConfig
 from .errors import CheckpointError
 from .run import OnStep, Run, StepReport, TrainedAdapter
 
@@ -31,12 +31,7 @@ def train(
         shutil.rmtree(state, ignore_errors=True)
     if (config.out / "adapter_config.json").exists() and not (overwrite or state.exists()):
         raise CheckpointError(f"{config.out} holds an adapter already; give --overwrite to replace")
-    kind: type[Run] = Run
-    if config.shape.recipe != PLAIN:
-        from .recipe_run import RecipeRun  # with the training engine, which takes a second
-
-        kind = RecipeRun
-    run = kind(config, state / "checkpoint.safetensors")
+    run = Run(config, state / "checkpoint.safetensors")
     run.resume()
     with _interrupts() as interrupted:
 

@@ -11,7 +11,6 @@ from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.learning.training_thread import TrainingThread
 from loraplex_server.settings.api_keys import EVERY_ADAPTER, AdapterAccess
 from loraplex_server.settings.config import HttpConfig, ServerConfig
-from loraplex_training.engine.adapter import LoraShape
 
 from .batches.batch_store import BatchStore
 from .batches.runner import BatchRunner
@@ -124,12 +123,10 @@ def build_app(
 
 
 def _fine_tuning(state: AppState, store: TuningStore, trainer: TrainingThread) -> FineTuning:
-    rank = min(LoraShape().rank, state.config.engine.max_lora_rank)
     base = TunedBase(
         state.resolver.base_name,
         state.model.tokenizer,
         state.engine.max_model_len,
-        LoraShape(rank, alpha=2.0 * rank),
     )
     keys = state.config.http.api_keys
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loraplex_training.config import RECIPES
+from loraplex_training.config import FAMILIES, RECIPES
 
 from .failed import failed
 from .option_groups import flag, grouped
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _ShapeOptions:
-    family: str = flag("lora", "The family: lora, mixlora or block-lora.")
+    family: str = flag("lora", f"The family: {', '.join(FAMILIES)}.")
     recipe: str = flag("lora", f"The recipe of family lora: lora, {', '.join(sorted(RECIPES))}.")
     rank: int = flag(8, "The rank of the factors.", min=1)
     alpha: float | None = flag(None, "The update is scaled by alpha / rank. Default: 2 · rank.")
@@ -76,6 +76,11 @@ class _DataOptions:
 class _RunOptions:
     device: str = flag("auto", "The device: auto, cpu, cuda, cuda:1 ...")
     threads: int | None = flag(None, "The number of CPU threads.", min=1)
+    gradient_checkpointing: bool = flag(
+        False,
+        "Compute each layer twice, which takes less memory and more time.",
+        "--gradient-checkpointing",
+    )
     name: str | None = flag(None, "The name on the card. Default: the folder's name.")
     description: str | None = flag(None, "A sentence on the card that says what the adapter does.")
     restart: bool = flag(False, "Discard an interrupted run in --out.", "--restart")
@@ -134,6 +139,7 @@ def train(
             max_len=examples.max_len,
             device=run.device,
             threads=run.threads,
+            gradient_checkpointing=run.gradient_checkpointing,
             name=run.name,
             description=run.description,
         )

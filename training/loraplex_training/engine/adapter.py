@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 from loraplex_training.errors import TrainingError
 
 from .data import Datum, Loss
+from .routed_experts import Experts
+from .segmented_lora import Dropout
 
 PREFIX = "base_model.model."  # of PEFT's names
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -26,6 +29,8 @@ class LoraShape:
     alpha: float = 16.0
     targets: tuple[str, ...] = ("all-linear",)  # ends of module names, or "all-linear" alone
     rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    layers: tuple[int, ...] | None = None  # None = every layer
+    dropout: float = 0.0  # on the input of A, in steps alone
 
     @property
     def scale(self) -> float:
@@ -37,15 +42,27 @@ class LoraShape:
 
     def chosen(self, linears: Sequence[str]) -> list[str]:
         """Return the adapted ones of a base's linears. Raises TrainingError if there are none."""
-        if self.targets == ("all-linear",):
-            return list(linears)
-        names = [n for n in linears if any(n == t or n.endswith(f".{t}") for t in self.targets)]
+        names = list(linears)
+        if self.targets != ("all-linear",):
+            names = [n for n in names if any(n == t or n.endswith(f".{t}") for t in self.targets)]
         if not names:
             raise TrainingError(
                 f"no linear of the base is called {', '.join(self.targets)}; its linears are "
                 f"{', '.join(sorted({name.rpartition('.')[2] for name in linears}))}"
             )
-        return names
+        layers = self.layers
+        if layers is None:
+            return names
+        missing = set(layers) - {layer_of(name) for name in names}
+        if missing:
+            raise TrainingError(f"the base has no layer {min(missing)} with these linears")
+        return [name for name in names if layer_of(name) in layers]
+
+
+def layer_of(name: str) -> int | None:
+    """Return the layer that a module is in, by its name."""
+    match = re.search(r"\.(\d+)\.", f".{name}.")
+    return None if match is None else int(match[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +83,11 @@ class LearningAdapter:
     penalty: Callable[[Tensor, Tensor], Tensor] | None = None
     """A term of the loss, from logits [m, vocabulary] of this adapter and of the base."""
 
-    def __init__(self, shape: LoraShape, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """``factors``: of each linear A [rank, in] and B [out, rank], float32."""
-        self.shape = shape
+    def __init__(
+        self, shape: LoraShape, factors: Mapping[str, tuple[Tensor, Tensor]], seed: int = 0
+    ) -> None:
+        """``factors``: of each linear A [rank, in] and B [out, rank]. ``seed``: of dropout."""
+        self.shape, self._seed = shape, seed
         self.factors = {
             name: (a.detach().float().requires_grad_(), b.detach().float().requires_grad_())
             for name, (a, b) in factors.items()
@@ -78,7 +97,7 @@ class LearningAdapter:
         for name, (a, b) in self.factors.items():
             self.parameters[f"{PREFIX}{name}.lora_A.weight"] = a
             self.parameters[f"{PREFIX}{name}.lora_B.weight"] = b
-        self.n_steps = 0
+        self.n_steps = self._n_passes = 0  # passes: forwards with a backward since the last step
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # Adam's mean and square
 
     @classmethod
@@ -95,7 +114,7 @@ class LearningAdapter:
                 (a / math.sqrt(n_in)).to(device),  # kaiming_uniform_ with a = √5
                 torch.zeros(n_out, shape.rank, device=device),
             )
-        return cls(shape, factors)
+        return cls(shape, factors, seed)
 
     @classmethod
     def load(cls, folder: Path, device: str) -> "LearningAdapter":
@@ -118,8 +137,35 @@ class LearningAdapter:
             float(config["lora_alpha"]),
             tuple(sorted({name.rpartition(".")[2] for name in factors})),
             bool(config.get("use_rslora")),
+            None if (layers := config.get("layers_to_transform")) is None else tuple(layers),
         )
         return cls(shape, {name: (a, b) for name, (a, b) in factors.items()})
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    @property
+    def experts(self) -> Mapping[str, Experts]:
+        """The routed experts on MLPs, by the MLPs' names, or nothing."""
+        return {}
+
+    def router_penalty(self, logits: Sequence[Tensor]) -> Tensor | None:
+        """Return a term of the loss, from the logits [tokens, experts] of each MLP's router."""
+        return None
+
+    @property
+    def gains(self) -> Mapping[str, Tensor]:
+        """The factors of outputs [out] that a family has on all of its linears, or nothing."""
+        return {}
+
+    def next_dropout(self) -> Dropout | None:
+        """Return the dropout of the next forward with a backward."""
+        if not self.shape.dropout:
+            return None
+        self._n_passes += 1
+        seed = (self._seed << 40) + (self.n_steps << 16) + self._n_passes
+        return Dropout(self.shape.dropout, seed)
 
     def peft_config(self, base_name: str) -> dict[str, object]:
         return {
@@ -129,19 +175,39 @@ class LearningAdapter:
             "r": self.shape.rank,
             "lora_alpha": self.shape.alpha,
             "use_rslora": self.shape.rslora,
-            "lora_dropout": 0.0,
+            "lora_dropout": self.shape.dropout,
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
             "target_modules": sorted({name.rpartition(".")[2] for name in self.factors}),
+            "layers_to_transform": None if self.shape.layers is None else list(self.shape.layers),
         }
 
+    def named_tensors(self) -> Mapping[str, Tensor]:
+        """Return the tensors of the file by their names there."""
+        return self.parameters
+
     def tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Return copies of the parameters by PEFT's names, on the CPU."""
+        """Return copies of the tensors of the file, on the CPU."""
         return {
-            n: p.detach().to("cpu", dtype, copy=True).contiguous()
-            for n, p in self.parameters.items()
+            n: t.detach().to("cpu", dtype, copy=True).contiguous()
+            for n, t in self.named_tensors().items()
         }
+
+    @torch.no_grad()
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a file. Raises TrainingError if it is of another shape."""
+        own = self.named_tensors()
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
+            raise TrainingError(
+                "the adapter to start from has another shape; give its rank, targets and layers"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Called after the parameters have changed. Families drop there what follows from them."""
 
     def save(self, folder: Path, base_name: str, dtype: torch.dtype = torch.float32) -> None:
         """Write the two files of PEFT into an existing folder. Raises TrainingError."""
@@ -154,7 +220,16 @@ class LearningAdapter:
         (folder / CONFIG).write_text(text + "\n")  # readers look for it, so it comes last
 
     def step(self, adam: Adam) -> float:
-        """Move against the gradient, forget it, and return its norm before clipping.
+        """Do a step with the gradient, forget it, and return its norm before clipping.
+
+        Raises TrainingError.
+        """
+        norm = self.adam_step(adam)
+        self.refresh()
+        return norm
+
+    def adam_step(self, adam: Adam) -> float:
+        """Do Adam's step on the parameters.
 
         Raises TrainingError if the gradient is not finite; the parameters are then as before.
         """
@@ -167,7 +242,7 @@ class LearningAdapter:
                 f"the gradient is {norm} at step {self.n_steps}; lower the learning rate"
             )
         share = 1.0 if adam.clip_norm is None else min(1.0, adam.clip_norm / max(norm, 1e-12))
-        self.n_steps += 1
+        self.n_steps, self._n_passes = self.n_steps + 1, 0
         first, second = 1 - adam.beta1**self.n_steps, 1 - adam.beta2**self.n_steps
         with torch.no_grad():
             for name, gradient in gradients.items():
@@ -220,4 +295,5 @@ class LearningAdapter:
             for name in self.parameters
             if f"mean.{name}" in state
         }
-        self.n_steps = int(state.get("n_steps", torch.tensor(0)))
+        self.n_steps, self._n_passes = int(state.get("n_steps", torch.tensor(0))), 0
+        self.refresh()

@@ -79,7 +79,10 @@ class TrainingEngine:
         backward: bool,
     ) -> None:
         batch = pack([data for _, data in pieces], self.model.device)
-        hidden = self.model.hidden(batch, [works[i].adapter for i, _ in pieces])
+        adapters = [works[i].adapter for i, _ in pieces]
+        # Before the adapters' own states, since layers that are computed again read the segments.
+        base = self._base_states(batch, adapters) if backward else None
+        hidden = self.model.hidden(batch, adapters, learning=backward)
         answers = hidden.index_select(0, batch.answers)
         of_answers, hits = self.model.head.logprobs(answers, batch.targets)
         self.n_forwards += 1
@@ -100,37 +103,64 @@ class TrainingEngine:
                 outcomes[i].logprobs.append(full.detach())
                 outcomes[i].right.append(bool(next(right).all()))
         if backward:
-            losses += self._penalties(works, pieces, batch, torch.split(answers, n_answers))
+            losses += self._router_penalties(works, pieces, batch)
+        if base is not None:
+            own, theirs = (torch.split(states, n_answers) for states in (answers, base))
+            losses += self._penalties(works, pieces, own, theirs)
         if backward and losses:
             torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+
+    def _base_states(
+        self, batch: PackedBatch, adapters: Sequence[LearningAdapter]
+    ) -> Tensor | None:
+        """Return the base's states at the answers if an adapter has a penalty, which needs them."""
+        if all(adapter.penalty is None for adapter in adapters):
+            return None
+        with torch.no_grad():
+            states = self.model.hidden(batch, [LearningAdapter(a.shape, {}) for a in adapters])
+        return states.index_select(0, batch.answers)
 
     def _penalties(
         self,
         works: Sequence[Work],
         pieces: Sequence[tuple[int, Sequence[Datum]]],
-        batch: PackedBatch,
         answers: tuple[Tensor, ...],
+        base: tuple[Tensor, ...],
     ) -> list[Tensor]:
         """Return the penalties of adapters that have one, weighted like their data's losses.
 
-        ``answers``: the states at the answers of each datum.
+        ``answers`` and ``base``: the states at the answers of each datum.
         """
-        adapters = [works[i].adapter for i, _ in pieces]
-        if all(adapter.penalty is None for adapter in adapters):
-            return []
-        with torch.no_grad():
-            bare = self.model.hidden(batch, [LearningAdapter(a.shape, {}) for a in adapters])
-            base = torch.split(bare.index_select(0, batch.answers), [len(each) for each in answers])
         terms, first = [], 0
-        for adapter, (_, data) in zip(adapters, pieces, strict=True):
-            end = first + len(data)
+        for i, data in pieces:
+            adapter, end = works[i].adapter, first + len(data)
             if adapter.penalty is not None:
                 own, theirs = (torch.cat(s[first:end])[:_PENALISED] for s in (answers, base))
-                weight = float(sum(datum.weights.sum() for datum in data))
                 term = adapter.penalty(self.model.head.logits(own), self.model.head.logits(theirs))
-                terms.append(weight * term.cpu())
+                terms.append(_weight(data) * term.cpu())
             first = end
         return terms
+
+    def _router_penalties(
+        self,
+        works: Sequence[Work],
+        pieces: Sequence[tuple[int, Sequence[Datum]]],
+        batch: PackedBatch,
+    ) -> list[Tensor]:
+        """Return the penalties of routers, weighted like their data's losses."""
+        terms = []
+        for (i, data), segment in zip(pieces, batch.segments, strict=True):
+            adapter = works[i].adapter
+            if not adapter.experts:
+                continue
+            term = adapter.router_penalty(self.model.router_logits(segment))
+            if term is not None:
+                terms.append(_weight(data) * term.cpu())
+        return terms
+
+
+def _weight(data: Sequence[Datum]) -> float:
+    return float(sum(datum.weights.sum() for datum in data))
 
 
 def batches(works: Sequence[Work]) -> list[list[tuple[int, list[Datum]]]]:

@@ -2,13 +2,16 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraplex_training.errors import TrainingError
@@ -16,6 +19,7 @@ from loraplex_training.errors import TrainingError
 from .adapter import LearningAdapter
 from .head import OutputHead, head_settings
 from .packed_batch import PackedBatch, Rows
+from .routed_experts import RoutedMlp, RoutedRows
 from .segmented_lora import GroupedLinear, LinearOfGroup, Segment
 
 _ATTENTION = "loraplex_training"
@@ -67,8 +71,12 @@ class FrozenModel:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         rest: Callable[[], None] = lambda: None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         """``rest`` is called every few milliseconds, and may wait or raise.
+
+        ``gradient_checkpointing``: a backward computes each layer again, so that a batch keeps the
+        inputs of layers alone. It takes less memory and a third more time.
 
         Raises TrainingError for a base that cannot be computed so.
         """
@@ -102,18 +110,38 @@ class FrozenModel:
         self._decoder: nn.Module = self._model.base_model
         self._fill(weights)
         self._set_attention()
+        self.mlps = self._routable()
+        """The MLPs that may have routed experts, by name."""
+        acts = ("hidden_act", "hidden_activation", "activation_function")
+        self.activation = next((str(a) for n in acts if (a := getattr(text, n, None))), "")
+        if gradient_checkpointing:
+            self._set_checkpointing()
 
-    def hidden(self, batch: PackedBatch, adapters: Sequence[LearningAdapter]) -> Tensor:
-        """Return the final states [T, hidden] of a batch with a segment for each adapter."""
+    def hidden(
+        self, batch: PackedBatch, adapters: Sequence[LearningAdapter], *, learning: bool = False
+    ) -> Tensor:
+        """Return the final states [T, hidden] of a batch with a segment for each adapter.
+
+        ``learning``: with dropout, for a backward.
+        """
         self._held.batch = batch
         for group in self._groups:
             group.segments, group.factors = [], []
-            for (first, end), adapter in zip(batch.segments, adapters, strict=True):
-                members = [i for i, name in enumerate(group.names) if name in adapter.factors]
-                if members:
-                    scale = adapter.shape.scale
-                    group.segments.append(Segment(first, end, scale, tuple(members)))
-                    group.factors += [f for i in members for f in adapter.factors[group.names[i]]]
+        for mlp in self.mlps.values():
+            mlp.routed = []
+        for (first, end), adapter in zip(batch.segments, adapters, strict=True):
+            dropout = adapter.next_dropout() if learning else None
+            gains, experts = adapter.gains, adapter.experts
+            for name in experts:
+                self.mlps[name].routed.append(RoutedRows(first, end, experts[name], dropout))
+            for group in self._groups:
+                members = tuple(i for i, name in enumerate(group.names) if name in adapter.factors)
+                if not members:
+                    continue
+                scale = adapter.shape.scale
+                group.segments.append(Segment(first, end, scale, members, dropout, bool(gains)))
+                for name in (group.names[i] for i in members):
+                    group.factors += [*adapter.factors[name], *([gains[name]] if gains else [])]
         output = self._decoder(
             inputs_embeds=self._embedded(batch.tokens)[None],
             position_ids=batch.positions[None],
@@ -122,6 +150,10 @@ class FrozenModel:
         )
         states: Tensor = output.last_hidden_state.squeeze(0)
         return states
+
+    def router_logits(self, segment: tuple[int, int]) -> list[Tensor]:
+        """Return the last forward's router logits of a segment's tokens, of each MLP."""
+        return [mlp.logits[segment[0]] for mlp in self.mlps.values()]
 
     def weight(self, name: str) -> Tensor:
         """Return a float32 copy of a linear's weight [out, in]."""
@@ -159,6 +191,25 @@ class FrozenModel:
             own: Any = getattr(module, "config", None)
             if hasattr(own, "_attn_implementation"):
                 own._attn_implementation = _ATTENTION
+
+    def _routable(self) -> dict[str, RoutedMlp]:
+        """Put modules that can have experts in the place of the layers' MLPs of Llama's layout."""
+        mlps = {}
+        for name, module in list(self._model.named_modules()):
+            layer = self._model.get_submodule(name.rpartition(".")[0])
+            if isinstance(layer, GradientCheckpointingLayer) and RoutedMlp.fits(module):
+                mlps[name] = RoutedMlp(name, module)
+                self._model.set_submodule(name, mlps[name])
+        return mlps
+
+    def _set_checkpointing(self) -> None:
+        """Checkpoint each layer as transformers does. The modules in it stay in evaluation."""
+        for module in self._model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = module.gradient_checkpointing = True
+                module._gradient_checkpointing_func = partial(
+                    checkpoint, use_reentrant=False, preserve_rng_state=False
+                )
 
 
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel:

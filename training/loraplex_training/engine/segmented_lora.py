@@ -1,11 +1,13 @@
 """The linears of a frozen base with the LoRAs of several adapters, forward and backward.
 
-    y[t] = x[t] Wᵀ + b + scale · (x[t] Aᵀ) Bᵀ        A, B of the adapter whose segment holds t
+    y[t] = g ⊙ (x[t] Wᵀ + scale · (drop(x[t]) Aᵀ) Bᵀ) + b      A, B, g of t's segment
 
-Linears that read one input (q, k, v; gate, up) are one product. The base gets no gradient.
+The gain g [out] is DoRA's, 1 for other adapters. Linears that read one input (q, k, v; gate, up)
+are one product. The base gets no gradient.
 """
 
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,21 @@ _PRODUCTS_OF_A_PIECE = 1 << 28  # multiplications, which take a core some millis
 _LEAST_ROWS = 32  # of a piece, because each piece reads all weights
 
 
+class Dropout(NamedTuple):
+    """Dropout on the input of A. The masks follow from the seed, so none is kept."""
+
+    share: float  # of the entries that become zero
+    seed: int
+
+    def mask(self, name: str, like: Tensor) -> Tensor:
+        """Return the factors of the input ``like`` of a linear: 0 or 1 / (1 − share)."""
+        random = torch.Generator(like.device).manual_seed(
+            zlib.crc32(f"{self.seed} {name}".encode())
+        )
+        kept = 1 - self.share
+        return torch.empty_like(like).bernoulli_(kept, generator=random).div_(kept)
+
+
 class Segment(NamedTuple):
     """The rows [first, end) of an adapter that has LoRA on some linears of a group."""
 
@@ -22,6 +39,25 @@ class Segment(NamedTuple):
     end: int
     scale: float
     members: tuple[int, ...]  # indices of the adapted linears in the group
+    dropout: Dropout | None = None
+    has_gains: bool = False
+
+
+class _Member(NamedTuple):
+    """The LoRA of a segment on one linear of a group."""
+
+    rows: slice
+    columns: slice  # of the group's outputs
+    name: str
+    segment: Segment
+    a: Tensor  # [rank, in]
+    b: Tensor  # [out, rank]
+    gain: Tensor | None  # [out]
+
+    def input(self, x: Tensor) -> Tensor:
+        """Return the rows that A reads of ``x`` [T, in]."""
+        rows, dropout = x[self.rows], self.segment.dropout
+        return rows if dropout is None else rows * dropout.mask(self.name, rows)
 
 
 class GroupedLinear:
@@ -41,7 +77,7 @@ class GroupedLinear:
         ends = [sum(out_features[: i + 1]) for i in range(len(out_features))]
         self.parts = [slice(end - n, end) for end, n in zip(ends, out_features, strict=True)]
         self.segments: list[Segment] = []
-        self.factors: list[Tensor] = []  # A and B of each member of each segment
+        self.factors: list[Tensor] = []  # A, B and the gain of each member of each segment
         self._input: Tensor | None = None  # of the outputs that other members will ask for
         self._outputs: list[Tensor | None] = []
 
@@ -74,47 +110,67 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: GroupedLinear, *factors: Tensor) -> Tensor:
         y = in_pieces(lambda rows, w: rows @ w.t(), x, group.read, group.rest)
+        narrow = [factor.to(x.dtype) for factor in factors]
+        inner, ungained = [], []
+        for each in _members(group, group.segments, narrow):
+            part = y[each.rows, each.columns]
+            inner.append(each.input(x) @ each.a.t())
+            part.addmm_(inner[-1], each.b.t(), alpha=each.segment.scale)
+            if each.gain is not None:
+                ungained.append(part.clone())
+                part.mul_(each.gain)
         if group.bias is not None:
             y += group.bias
-        narrow = [factor.to(x.dtype) for factor in factors]
-        inner, pairs = [], _pairs(group.segments, narrow)
-        for segment, members in pairs:
-            rows, out = x[segment.first : segment.end], y[segment.first : segment.end]
-            for member, a, b in members:
-                u = rows @ a.t()
-                part = out[:, group.parts[member]]
-                part.addmm_(u, b.t(), alpha=segment.scale)
-                inner.append(u)
-        ctx.group, ctx.segments = group, group.segments
-        ctx.save_for_backward(x, *narrow, *inner)
+        ctx.group, ctx.segments, ctx.n_factors = group, group.segments, len(factors)
+        ctx.save_for_backward(x, *narrow, *inner, *ungained)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), group = grads, ctx.group
         x, *rest = ctx.saved_tensors
-        n = 2 * len(rest) // 3
-        narrow, inner = rest[:n], iter(rest[n:])
-        gx = in_pieces(torch.matmul, grad, group.read, group.rest)
+        members = list(_members(group, ctx.segments, rest[: ctx.n_factors]))
+        inner, ungained = iter(rest[ctx.n_factors :]), iter(rest[ctx.n_factors + len(members) :])
+        gain_grads: list[Tensor] = []
+        if any(each.gain is not None for each in members):
+            grad = grad.clone()
+            for each in members:
+                if each.gain is not None:
+                    part = grad[each.rows, each.columns]
+                    gain_grads.append((part * next(ungained)).sum(0, dtype=torch.float32))
+                    part.mul_(each.gain)
+        gx: Tensor | None = None
+        if ctx.needs_input_grad[0]:  # not below the lowest adapted layer
+            gx = in_pieces(torch.matmul, grad, group.read, group.rest)
+        of_gains = iter(gain_grads)
         factor_grads: list[Tensor] = []
-        for segment, members in _pairs(ctx.segments, narrow):
-            rows = x[segment.first : segment.end]
-            out, into = grad[segment.first : segment.end], gx[segment.first : segment.end]
-            for member, a, b in members:
-                g = out[:, group.parts[member]]
-                gu = (g @ b).mul_(segment.scale)
-                into.addmm_(gu, a)
-                factor_grads.append((gu.t() @ rows).float())
-                factor_grads.append((g.t() @ next(inner)).float().mul_(segment.scale))
+        for each in members:
+            g = grad[each.rows, each.columns]
+            gu = (g @ each.b).mul_(each.segment.scale)
+            rows, dropout = x[each.rows], each.segment.dropout
+            mask = None if dropout is None else dropout.mask(each.name, rows)
+            if gx is not None:
+                into = gx[each.rows]
+                into.addmm_(gu, each.a) if mask is None else into.addcmul_(gu @ each.a, mask)
+            rows = rows if mask is None else rows * mask
+            factor_grads.append((gu.t() @ rows).float())
+            factor_grads.append((g.t() @ next(inner)).float().mul_(each.segment.scale))
+            if each.gain is not None:
+                factor_grads.append(next(of_gains))
         return gx, None, *factor_grads
 
 
-def _pairs(
-    segments: Sequence[Segment], factors: Sequence[Tensor]
-) -> list[tuple[Segment, list[tuple[int, Tensor, Tensor]]]]:
-    """Return each segment with (member, A, B) of its adapted linears."""
+def _members(
+    group: GroupedLinear, segments: Sequence[Segment], factors: Sequence[Tensor]
+) -> Iterator[_Member]:
+    """Yield the adapted linears of each segment with their factors."""
     left = iter(factors)
-    return [(s, [(member, next(left), next(left)) for member in s.members]) for s in segments]
+    for segment in segments:
+        for i in segment.members:
+            rows, name = slice(segment.first, segment.end), group.names[i]
+            a, b = next(left), next(left)
+            gain = next(left) if segment.has_gains else None
+            yield _Member(rows, group.parts[i], name, segment, a, b, gain)
 
 
 def in_pieces(

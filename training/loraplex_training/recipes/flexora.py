@@ -10,13 +10,12 @@ The paper learns α on validation data by unrolled differentiation. Here every s
 40 steps moves α alone, by the gradient at the current A and B (one unrolled step of length zero).
 """
 
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from loraplex_training.engine.adapter import Adam
+from loraplex_training.engine.adapter import Adam, layer_of
 
 from .recipe import Part, Recipe, RecipeAdapter, Start
 
@@ -24,20 +23,15 @@ _SEARCH_STEPS = 40
 _ALPHA_LR = 0.05
 
 
-def _layer(name: str) -> str:
-    match = re.search(r"\.(\d+)\.", f".{name}.")
-    return match[1] if match else name
-
-
 def _start(start: Start) -> Mapping[str, Part]:
     parts = start.plain()
-    layers = sorted({_layer(name) for name in parts})
+    layers = sorted({layer_of(name) or 0 for name in parts})
     alpha = torch.zeros(len(layers))
     for name, part in parts.items():
         device = part["A"].device
         part.frozen |= {
             "A0": part["A"].clone(),
-            "at": torch.tensor(layers.index(_layer(name)), device=device),
+            "at": torch.tensor(layers.index(layer_of(name) or 0), device=device),
             "alpha": alpha.to(device).clone(),
             "gate": torch.ones((), device=device),
         }

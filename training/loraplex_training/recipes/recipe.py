@@ -149,7 +149,7 @@ class RecipeAdapter(LearningAdapter):
         factors = self._factors(recipe.factors)
         rank = max(a.shape[0] for a, _ in factors.values())
         alpha = self.scale * (math.sqrt(rank) if shape.rslora else rank)
-        super().__init__(replace(shape, rank=rank, alpha=alpha), factors)
+        super().__init__(replace(shape, rank=rank, alpha=alpha), factors, start.seed)
         self.parameters = {
             f"{name}.{leaf}": tensor
             for name, part in self.parts.items()
@@ -178,10 +178,6 @@ class RecipeAdapter(LearningAdapter):
             self._repeating = False
         self.pull_back()
 
-    def adam_step(self, adam: Adam) -> float:
-        """Do Adam's step on the trained tensors."""
-        return super().step(adam)
-
     def pull_back(self) -> None:
         """Turn the gradients of A and B into those of the trained tensors, which they add to."""
         values, gradients = [], []
@@ -203,12 +199,12 @@ class RecipeAdapter(LearningAdapter):
                 for leaf, value in zip(self.factors[name], factors, strict=True):
                     leaf.copy_(value)
 
-    def tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Return the plain LoRA that is saved, by PEFT's names, on the CPU."""
+    def named_tensors(self) -> Mapping[str, Tensor]:
+        """Return the plain LoRA that is saved, by PEFT's names."""
         tensors = {}
         for name, (a, b) in self._served().items():
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = a.to("cpu", dtype).contiguous()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = a
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = b
         return tensors
 
     def peft_config(self, base_name: str) -> dict[str, object]:

@@ -28,8 +28,7 @@ from loraplex_server.errors import invalid, too_many
 from loraplex_server.settings.api_keys import AdapterAccess
 from loraplex_server.tenant_shares import TenantShares, TenantThreads
 from loraplex_training.checkpoint import Progress
-from loraplex_training.config import PLAIN, RECIPES
-from loraplex_training.engine.adapter import LoraShape
+from loraplex_training.config import AdapterShape
 from loraplex_training.engine.engine import BATCH_TOKENS
 from loraplex_training.errors import ExamplesError, TrainingError
 from loraplex_training.examples import Chat, held_out
@@ -56,16 +55,10 @@ class TrainingRequest:
     description: str | None
     steps: int
     budget_s: float | None
-    recipe: str
-    rank: int
-    alpha: float | None
+    shape: AdapterShape
     lr: float
     seed: int
     replace: bool  # an existing name gets a new revision
-
-    @property
-    def shape(self) -> LoraShape:
-        return LoraShape(self.rank, 2.0 * self.rank if self.alpha is None else self.alpha)
 
 
 class Training:
@@ -82,32 +75,18 @@ class Training:
         base_name: str,
         max_len: int,
         max_budget_s: float,
-        max_rank: int,
     ) -> None:
         """``workers`` tokenise and store. ``max_len``: tokens of the base's context."""
         self._store, self._jobs, self._thread, self._workers = store, jobs, thread, workers
         self._tokenizer, self._base_name = tokenizer, base_name
         self._max_len = min(max_len, _MAX_LEN)
-        self._max_budget_s, self._max_rank = max_budget_s, max_rank
+        self._max_budget_s = max_budget_s
         self._turns = TenantShares("adapters to train", _AT_ONCE, 1)
         self._n_jobs: Counter[str] = Counter()  # of each tenant, running or waiting
 
     async def start(self, request: TrainingRequest, access: AdapterAccess) -> Job:
         """Start a training job. Raises ApiError (400, 429)."""
         budget_s = self._budget(request.budget_s)
-        if request.recipe not in (PLAIN, *RECIPES):
-            raise invalid(
-                f"recipe {request.recipe!r} is not known; choose {PLAIN}, "
-                f"{', '.join(sorted(RECIPES))}",
-                "recipe",
-            )
-        rank = request.rank * RECIPES.get(request.recipe, 1)
-        if rank > self._max_rank:
-            raise invalid(
-                f"rank is {request.rank}, saved as {rank} by recipe {request.recipe!r}; this "
-                f"server serves at most {self._max_rank} (--max-lora-rank)",
-                "rank",
-            )
         tenant = access.tenant or ""
         await self._thread.check_base(tenant)
         if self._n_jobs[tenant] >= _MAX_JOBS:
@@ -237,7 +216,6 @@ def _plan(request: TrainingRequest, data: TrainingData) -> TuningPlan:
         lr=request.lr,
         seed=request.seed,
         shape=request.shape,
-        recipe=request.recipe,
         beta2=_BETA2,
         keeps_best=True,
     )
@@ -258,7 +236,7 @@ def _record(request: TrainingRequest, budget_s: float, run: TuningRun) -> dict[s
     }
     return {
         **run.record,
-        "recipe": request.recipe,
+        "recipe": request.shape.recipe,
         "lr": request.lr,
         "budget_s": budget_s,
         "stopped_by": run.stopped_by,

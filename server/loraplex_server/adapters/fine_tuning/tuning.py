@@ -17,12 +17,12 @@ from loraplex_adapter_store.report import JsonValue
 from loraplex_server.adapters.learning.training_thread import TrainingThread
 from loraplex_training import checkpoint
 from loraplex_training.checkpoint import Progress
-from loraplex_training.config import PLAIN
-from loraplex_training.engine.adapter import Adam, LearningAdapter, LoraShape
+from loraplex_training.config import AdapterShape
+from loraplex_training.engine.adapter import Adam, LearningAdapter
 from loraplex_training.engine.data import Datum
 from loraplex_training.engine.engine import Work
 from loraplex_training.engine.losses import dpo
-from loraplex_training.recipes.table import new_adapter
+from loraplex_training.families.table import lora_shape, new_adapter
 from loraplex_training.schedule import rate_share
 
 from .samples import Sample, SampleOrder, TrainingData, first, n_tokens
@@ -31,7 +31,6 @@ from .training_lines import Method
 _SCORED_AT_ONCE = 64  # samples, between two checks
 _JUDGED_TOKENS = 16_384  # of an evaluation
 _WARMUP_STEPS = 10
-_SMOOTHING = 0.9  # of the training loss that jobs show
 _SPARE = 1.5  # times the last step and evaluation: the time that is reserved for the next
 
 
@@ -44,9 +43,8 @@ class TuningPlan:
     batch_size: int  # samples
     lr: float
     seed: int
-    shape: LoraShape
+    shape: AdapterShape
     beta: float = 0.1  # of dpo
-    recipe: str = PLAIN
     beta2: float = 0.999  # of Adam
     keeps_best: bool = False  # the result has the weights with the lowest evaluated loss
 
@@ -145,6 +143,7 @@ class TuningRun:
         """Return how the adapter was trained, as its card shows it."""
         return {
             "seed": self.plan.seed,
+            "family": self.plan.shape.family,
             "rank": self.plan.shape.rank,
             "alpha": self.plan.shape.alpha,
             "data_sha256": self._data.sha256,
@@ -165,12 +164,12 @@ class TuningRun:
         plan, data = self.plan, [datum for sample in self._samples for datum in sample]
         self.adapter = await self._thread.run(
             self.tenant,
-            lambda engine: new_adapter(engine, plan.recipe, plan.shape, plan.seed, data),
+            lambda engine: new_adapter(engine, plan.shape, plan.seed, data),
         )
         if saved is not None and saved.exists():
             await self._on_thread(lambda: self._load(saved))
             return
-        base = LearningAdapter(plan.shape, {})
+        base = LearningAdapter(lora_shape(plan.shape), {})
         if plan.method == "dpo":
             self._references = _margins(await self._sums(self._samples, base, check))
             self._judged_references = _margins(await self._sums(self._judged, base, check))
@@ -222,12 +221,7 @@ class TuningRun:
         adam = Adam(self.plan.learning_rate(progress.step), beta2=self.plan.beta2)
         await self._thread.step(self.tenant, self.adapter, adam)
         report = train or Evaluation(loss, None)
-        old = progress.train_loss
-        progress.train_loss = (
-            report.loss if old is None else _SMOOTHING * old + (1 - _SMOOTHING) * report.loss
-        )
-        progress.step += 1
-        progress.n_tokens += n_tokens(samples)
+        progress.stepped(report.loss, n_tokens(samples))
         now = time.monotonic()
         self._step_s, progress.seconds = now - began, self._before_s + now - self._began
         return StepReport(progress.step, report, at.ends_epoch)
@@ -235,11 +229,8 @@ class TuningRun:
     async def evaluate(self) -> float:
         """Return the loss on the held-out samples, or on the first training samples."""
         self.valid = valid = await self._judge(self.adapter)
-        progress = self.progress
-        if progress.best_loss is None or valid < progress.best_loss:
-            progress.best_loss, progress.best_step = valid, progress.step
-            if self.plan.keeps_best:
-                await self._on_thread(self._keep_weights)
+        if self.progress.validated(valid) and self.plan.keeps_best:
+            await self._on_thread(self._keep_weights)
         return valid
 
     def _keep_weights(self) -> None:

@@ -45,6 +45,7 @@ class TuningJob:
     hyperparameters: Hyperparameters  # as the client sent them; numbers once the files are read
     seed: int
     fine_tuned_model: str  # the name of the result
+    shape: Mapping[str, object]  # ``AdapterShape.settings()``
     adapter: str | None = None  # a further stored name for the result
     metadata: Mapping[str, str] | None = None
     finished: int | None = None

@@ -41,9 +41,10 @@ from loraplex_server.errors import ApiError, from_store, from_unexpected, invali
 from loraplex_server.health_tracker import log_extra
 from loraplex_server.settings.api_keys import AdapterAccess
 from loraplex_server.tenant_shares import TenantShares, TenantThreads
-from loraplex_training.engine.adapter import LoraShape
+from loraplex_training.config import AdapterShape
 from loraplex_training.errors import ExamplesError, TrainingError
 from loraplex_training.examples import Chat
+from loraplex_training.families.table import most_parameters
 
 from .hyperparameters import resolved
 from .records import TuningJob, TuningStatus, error_of
@@ -68,7 +69,6 @@ class TunedBase(NamedTuple):
     name: str
     tokenizer: PreTrainedTokenizerBase
     max_len: int  # tokens of its context
-    shape: LoraShape  # of the adapters
 
 
 class FineTuning:
@@ -218,20 +218,26 @@ class FineTuning:
             del self._running[job.id]
 
     async def _read(self, job: TuningJob) -> TrainingData:
-        """Read and tokenise the files. Raises ExamplesError, which names the file and the line."""
+        """Read and tokenise the files. Raises ApiError, which names the file and the line."""
         tenant = job.caller.tenant
         if job.status is TuningStatus.VALIDATING:
             await self._event(job, f"Validating training file: {job.training_file}")
-        path = self.store.files.path
-        read = partial(self._samples, path(job.training_file), "training file")
+        read = partial(self._samples, job.training_file, "training_file")
         data = await self._workers.run(tenant, read)
         if job.validation_file is not None:
-            read = partial(self._samples, path(job.validation_file), "validation file")
+            read = partial(self._samples, job.validation_file, "validation_file")
             data = data._replace(held_out=(await self._workers.run(tenant, read)).samples)
         return data
 
-    def _samples(self, path: Path, what: str) -> TrainingData:
-        """Read a file, of which nothing is held out."""
+    def _samples(self, file_id: str, param: str) -> TrainingData:
+        """Read a file, of which nothing is held out. Raises ApiError (400)."""
+        try:
+            path = self.store.files.path(file_id)
+            return self._tokenised(path, param.replace("_", " "))
+        except ExamplesError as error:
+            raise invalid(str(error), param, f"invalid_{param}") from error
+
+    def _tokenised(self, path: Path, what: str) -> TrainingData:
         samples, chats, digest, total = list[Sample](), list[Chat](), sha256(), 0
         max_len = min(self.base.max_len, _MAX_LEN)
         with path.open("rb") as file:
@@ -265,12 +271,12 @@ class FineTuning:
             batch_size=int(numbers["batch_size"]),
             lr=lr,
             seed=job.seed,
-            shape=self.base.shape,
+            shape=AdapterShape.of_settings(job.shape),
             beta=float(numbers.get("beta", 0.0)),
         )
         n_trained = int(numbers["n_epochs"]) * n_tokens(data.samples)
         n_parameters = await self._trainer.run(
-            tenant, lambda engine: plan.shape.n_parameters(engine.model.linears)
+            tenant, lambda engine: most_parameters(plan.shape, engine.model.linears)
         )
         n_bytes = 3 * 4 * n_parameters  # with Adam's moments
         if access.tenant is not None:
@@ -471,9 +477,6 @@ class FineTuning:
         match error:
             case ApiError():
                 return error
-            case ExamplesError():
-                param = "validation_file" if "validation file" in str(error) else "training_file"
-                return invalid(str(error), param, f"invalid_{param}")
             case TrainingError():
                 return invalid(str(error), None, "training_failed")
             case StoreError():

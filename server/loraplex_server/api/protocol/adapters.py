@@ -13,6 +13,7 @@ from loraplex_adapter_store.names.selector import (
 from loraplex_server.adapters.adding.card_file import MAX_CARD_EXAMPLES, MAX_CARD_TEXT
 
 from .body import Body, Few, JsonObject
+from .training_shape import TrainingShape
 
 _CardText = Annotated[str, Field(max_length=MAX_CARD_TEXT)]
 MAX_CHATS = 10_000  # examples of one training
@@ -108,8 +109,8 @@ class TrainingChat(BaseModel):
     tools: Annotated[Few[JsonObject], Field(max_length=128)] = []
 
 
-class TrainAdapterBody(BaseModel):
-    """Trains LoRA on every linear layer. A tenth of the examples is held out for validation."""
+class TrainAdapterBody(TrainingShape):
+    """Trains an adapter on every linear. A tenth of the examples is held out for validation."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -118,9 +119,6 @@ class TrainAdapterBody(BaseModel):
     description: _CardText | None = None
     steps: Annotated[int, Field(ge=1, le=10_000)] = 200
     budget_s: Annotated[float, Field(gt=0, le=86400)] | None = None  # training stops then
-    recipe: Annotated[str, Field(max_length=32)] = "lora"  # or one of docs/recipes.md
-    rank: Annotated[int, Field(ge=1, le=256)] = 8
-    alpha: Annotated[float, Field(gt=0, le=1024)] | None = None  # null: 2 · rank
     lr: Annotated[float, Field(gt=0, le=1)] = 1e-3
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     replace: bool = False  # true: a name that exists gets a new revision

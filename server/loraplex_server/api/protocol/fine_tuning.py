@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from .body import Body, JsonList, Metadata, Name
+from .training_shape import TrainingShape
 
 Auto = Literal["auto"]
 
@@ -35,8 +36,11 @@ class TuningMethod(Body):
     dpo: Dpo | None = None
 
 
-class TuningBody(Body):
-    """``hyperparameters`` is OpenAI's older place for those of the method supervised."""
+class TuningBody(Body, TrainingShape):
+    """``hyperparameters`` is OpenAI's older place for those of the method supervised.
+
+    The fields of ``TrainingShape`` and ``adapter`` are ours.
+    """
 
     model: Name
     training_file: Name

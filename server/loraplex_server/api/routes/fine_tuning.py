@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from loraplex_server.adapters.fine_tuning.training_lines import Method
 from loraplex_server.api.adapter_path import new_name
+from loraplex_server.api.adapter_shape import requested_shape
 from loraplex_server.api.fine_tuning.records import Hyperparameters, TuningJob, TuningStatus
 from loraplex_server.api.fine_tuning.runner import FineTuning
 from loraplex_server.api.json_route import JsonRoute
@@ -67,6 +68,7 @@ async def create_job(body: TuningBody, request: Request, access: Access, state: 
             "unsupported_parameter",
         )
     method, hyperparameters = _method(body)
+    shape = requested_shape(body, state.config.engine.max_lora_rank)
     for param in ("training_file", "validation_file"):
         if (file_id := getattr(body, param)) is not None:
             await _check_file(state, info.tenant, file_id, method, param)
@@ -87,6 +89,7 @@ async def create_job(body: TuningBody, request: Request, access: Access, state: 
         fine_tuned_model=f"ft:{base}:{body.suffix or ''}:{id[:10]}",
         adapter=adapter,
         metadata=body.metadata,
+        shape=shape.settings(),
     )
     return ORJSONResponse((await tuning.create(job)).to_json())
 

@@ -13,6 +13,7 @@ from loraplex_server.adapters.learning.store_methods import order_of
 from loraplex_server.adapters.resolving.access import check_allowed
 from loraplex_server.api.adapter_card import AdapterActivity, Report, shown_card
 from loraplex_server.api.adapter_path import new_name
+from loraplex_server.api.adapter_shape import requested_shape
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import (
@@ -143,9 +144,7 @@ async def train_adapter(body: TrainAdapterBody, access: Access, state: State) ->
         description=body.description,
         steps=body.steps,
         budget_s=body.budget_s,
-        recipe=body.recipe,
-        rank=body.rank,
-        alpha=body.alpha,
+        shape=requested_shape(body, state.config.engine.max_lora_rank),
         lr=body.lr,
         seed=body.seed,
         replace=body.replace,

@@ -10,11 +10,13 @@ import httpx
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraplex_server.settings.config import LearningConfig
 from loraplex_training.config import RECIPES
 from tests.server.conftest import Front
+from tests.support.adapters.mixlora_module import MixLoraModule
 from tests.support.bases.architectures import RARE_BASES, tiny_model
 from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
@@ -27,6 +29,7 @@ CHATS = [
 ]
 KEYS = {"acme": "admin", "umbra": "admin", "asks": "infer"}  # key and tenant → scope
 ENDLESS = 10_000  # steps
+NIGHTLY = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +124,10 @@ def test_training_without_cores_for_it_stops_the_start() -> None:
         ({"rank": 32}, 400, "rank"),
         ({"rank": 9, "recipe": "kasa"}, 400, "rank"),  # saved with twice the rank
         ({"recipe": "lora-xl"}, 400, "recipe"),
+        ({"recipe": "kasa", "family": "dora"}, 400, "recipe"),
+        ({"family": "magic"}, 400, "family"),
+        ({"blocks": {"n_blocks": 2}}, 400, "blocks"),
+        ({"family": "mixlora", "experts": {"n_experts": 2, "top_k": 3}}, 400, "experts"),
         ({"budget_s": 301}, 400, "budget_s"),
         ({"lr": 0}, 400, "lr"),
         ({"epochs": 3}, 400, "epochs"),
@@ -249,6 +256,57 @@ def test_every_recipe_trains_and_is_served_as_peft_reads_it(
     trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), files)
     asked = acme.post("/v1/chat/completions", json=_question(name, 4)).json()
     assert asked["choices"][0]["token_ids"] == greedy(trained, tiny, "word 77", 4)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("dora", {}),
+        ("mixlora", {"experts": {"n_experts": 3, "top_k": 2}}),
+        pytest.param("block-lora", {"blocks": {"n_blocks": 2, "axis": "rank"}}, marks=NIGHTLY),
+        pytest.param("block-lora", {"blocks": {"n_blocks": 2, "axis": "feature"}}, marks=NIGHTLY),
+    ],
+)
+def test_every_family_trains_and_is_served_as_the_formula_reads_its_file(
+    acme: httpx.Client,
+    tiny: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    family: str,
+    fields: dict[str, object],
+) -> None:
+    name = f"family-{family}"
+    order = _order(acme, name=name, family=family, steps=10, replace=True, **fields)
+    last = _last(acme, order)
+    assert last["status"] == "succeeded", last
+    card = acme.get(f"/v1/adapters/{name}").json()
+    told = card["provenance"]["training"]
+    assert told["family"] == family
+    assert told["validation_loss"] < told["base_validation_loss"]
+    files = files_of(card["digest"], tmp_path_factory.getbasetemp())
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    trained = _read_by_formula(base, files, family)
+    asked = acme.post("/v1/chat/completions", json=_question(name, 4)).json()
+    assert asked["choices"][0]["token_ids"] == greedy(trained, tiny, "word 77", 4)
+
+
+def _read_by_formula(base: Any, files: Path, family: str) -> Any:
+    """Return the base with the adapter, by PEFT or by the formula of the paper."""
+    if family == "dora":
+        return PeftModel.from_pretrained(base, files)
+    tensors = {n: t.float() for n, t in load_file(files / "adapter_model.safetensors").items()}
+    config = json.loads((files / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    if family == "mixlora":
+        MixLoraModule(base, tensors, scale, config["top_k"])
+        return base
+    for name in [name for name in tensors if name.endswith("block_lora_A.weight")]:
+        a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
+        module = base.get_submodule(
+            name.removeprefix("base_model.model.").removesuffix(".block_lora_A.weight")
+        )
+        sum_of_b = b.sum(0) if b.ndim == 3 else b
+        module.weight.data += scale * sum_of_b @ a.repeat(1, module.in_features // a.shape[1])
+    return base
 
 
 def test_a_budget_ends_a_training_with_what_it_learnt(acme: httpx.Client) -> None:

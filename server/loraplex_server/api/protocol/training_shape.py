@@ -1,0 +1,34 @@
+"""The fields of requests that train: the family, the recipe and the size of the adapter."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainingExperts(BaseModel):
+    """The experts of family ``mixlora``, and the loss that balances them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    n_experts: Annotated[int, Field(ge=1, le=64)] = 8
+    top_k: Annotated[int, Field(ge=1, le=64)] = 2
+    balance: Annotated[str, Field(max_length=16)] = "pooled"  # or argmax, none
+    balance_coefficient: Annotated[float, Field(ge=0, le=10)] | None = None
+
+
+class TrainingBlocks(BaseModel):
+    """The blocks of family ``block-lora``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    n_blocks: Annotated[int, Field(ge=1, le=256)] = 4
+    axis: Annotated[str, Field(max_length=16)] = "rank"  # or feature
+
+
+class TrainingShape(BaseModel):
+    family: Annotated[str, Field(max_length=32)] = "lora"  # or dora, block-lora, mixlora
+    recipe: Annotated[str, Field(max_length=32)] = "lora"  # or one of docs/recipes.md
+    rank: Annotated[int, Field(ge=1, le=256)] | None = None  # null: 8
+    alpha: Annotated[float, Field(gt=0, le=1024)] | None = None  # null: 2 · rank
+    experts: TrainingExperts | None = None
+    blocks: TrainingBlocks | None = None

@@ -1,0 +1,1 @@
+"""The families of adapters that learn on the engine."""

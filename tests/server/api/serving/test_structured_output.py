@@ -209,12 +209,37 @@ def test_what_cannot_be_enforced_is_a_400_that_names_it(
 
 
 def test_a_schema_that_is_not_strict_may_say_more_than_is_enforced(client: OpenAI) -> None:
-    schema = {"type": "array", "items": {"type": "boolean"}, "maxItems": 3, "uniqueItems": True}
+    schema = {"type": "array", "items": {"type": "integer"}, "maxItems": 3, "uniqueItems": True}
     named = {"name": "flags", "schema": schema}
     loose = {"type": "json_schema", "json_schema": {**named, "strict": False}}
     assert isinstance(json.loads(text_of(chat(client, response_format=loose))), list)
     with pytest.raises(openai.BadRequestError, match="uniqueItems"):
         chat(client, response_format={"type": "json_schema", "json_schema": named})
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "uniqueItems": True},
+        {
+            "type": "object",
+            "properties": {"kind": {"enum": ["card", "cash"]}, "number": {"type": "integer"}},
+            "required": ["kind"],
+            "additionalProperties": False,
+            "if": {"properties": {"kind": {"const": "card"}}},
+            "then": {"required": ["number"]},
+            "else": {"not": {"required": ["number"]}},
+        },
+    ],
+    ids=["different items", "condition"],
+)
+def test_conditions_of_a_schema_hold(client: OpenAI, schema: dict[str, Any]) -> None:
+    answers = set()
+    for seed in range(12):
+        text = text_of(chat(client, guided_json=schema, temperature=2.0, seed=seed))
+        assert jsonschema_rs.is_valid(schema, json.loads(text)), text
+        answers.add(text)
+    assert len(answers) > 2
 
 
 @pytest.mark.parametrize(

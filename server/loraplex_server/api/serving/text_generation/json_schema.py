@@ -6,11 +6,11 @@ float64 and int64, so bounds outside become bounds inside, and exclusive bounds 
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from fractions import Fraction
-from typing import Any
 
-Schema = dict[str, Any]
+from .schema_logic import Negation, NotExpressible, Schema, dependencies, different_items
 
 _EXACT = 1 << 53  # integers up to here are exact in float64
 _INT64 = (1 << 63) - 1
@@ -35,6 +35,8 @@ _SINGLE = (
 )
 _IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "not", "dependentSchemas"})
 _ANYTHING: tuple[object, ...] = (True, {})
+_MAX_DEPTH = 30  # of schemas whose logic is rewritten, which makes them deeper
+_MALFORMED = (TypeError, AttributeError)  # of a keyword with an odd value, which llguidance names
 
 
 def enforceable(schema: object, *, lenient: bool = False) -> object:
@@ -51,10 +53,29 @@ def enforceable(schema: object, *, lenient: bool = False) -> object:
 class _Rewriting:
     def __init__(self, root: object, lenient: bool) -> None:
         self._root, self._lenient = root, lenient
+        self._negation = Negation(self._followed)
+        self._depth = 0
+        # Keyword → what an equal schema says in its place. They raise NotExpressible.
+        self._logic: Mapping[str, Callable[[Schema], Sequence[object]]] = {
+            "not": lambda schema: (
+                [] if schema["not"] is False else [self._forbidding(schema["not"])]
+            ),
+            "if": self._condition,
+            "dependencies": lambda schema: dependencies(schema["dependencies"]),
+            "dependentRequired": lambda schema: dependencies(schema["dependentRequired"]),
+            "dependentSchemas": lambda schema: dependencies(schema["dependentSchemas"]),
+        }
 
     def of(self, schema: object) -> object:
         if not isinstance(schema, dict):
             return schema
+        self._depth += 1
+        try:
+            return self._of(self._without_logic(schema) if self._depth < _MAX_DEPTH else schema)
+        finally:
+            self._depth -= 1
+
+    def _of(self, schema: Schema) -> Schema:
         rewritten = dict(schema)
         for name in _LISTS:
             if isinstance(schema.get(name), list):
@@ -84,6 +105,43 @@ class _Rewriting:
         for value in (rewritten.get("const"), *_list(rewritten.get("enum"))):
             _check_exact(value)
         return rewritten
+
+    def _without_logic(self, schema: Schema) -> Schema:
+        """Replace negations, conditions, dependencies and different items where that is exact."""
+        schema, conditions = dict(schema), list[object]()
+        for name, conditions_of in self._logic.items():
+            if name in schema:
+                with suppress(NotExpressible, *_MALFORMED):
+                    conditions += conditions_of(schema)
+                    del schema[name]
+        if "if" not in schema:
+            schema.pop("then", None)
+            schema.pop("else", None)
+        if schema.get("uniqueItems") is True:
+            with suppress(NotExpressible, *_MALFORMED):
+                schema = different_items(schema, self._followed(schema.get("items")))
+        if conditions:
+            schema["allOf"] = [*_list(schema.get("allOf")), *conditions]
+        return schema
+
+    def _forbidding(self, schema: object) -> Schema:
+        alternatives = self._negation.of(schema)
+        if not alternatives:  # no value is allowed
+            raise NotExpressible
+        return {"anyOf": alternatives}
+
+    def _condition(self, schema: Schema) -> list[object]:
+        then, otherwise = schema.get("then", True), schema.get("else", True)
+        if then in _ANYTHING and otherwise in _ANYTHING:
+            return []
+        return [
+            {
+                "anyOf": [
+                    {"allOf": [schema["if"], then]},
+                    {"allOf": [self._forbidding(schema["if"]), otherwise]},
+                ]
+            }
+        ]
 
     def _name_properties(self, schema: Schema) -> None:
         """Replace ``propertyNames`` by the names themselves, or by their pattern."""
@@ -141,24 +199,16 @@ def _without(*names: str) -> Callable[[Schema], bool]:
     return lambda schema: not schema.keys() & {*names}
 
 
-# Keyword → is it without effect in this schema? In this order: `then` needs its `if`.
+# Keyword → is it without effect in this schema?
 _WITHOUT_EFFECT: Mapping[str, Callable[[Schema], bool]] = {
     "uniqueItems": lambda schema: (
         schema["uniqueItems"] is False or _number(schema.get("maxItems"), 2) <= 1
     ),
-    "if": _without("then", "else"),
-    "then": _without("if"),
-    "else": _without("if"),
     "minContains": _without("contains"),
     "maxContains": _without("contains"),
-    "not": lambda schema: schema["not"] is False,
     "propertyNames": lambda schema: schema["propertyNames"] in (*_ANYTHING, {"type": "string"}),
     "unevaluatedProperties": lambda schema: schema["unevaluatedProperties"] in _ANYTHING,
     "unevaluatedItems": lambda schema: schema["unevaluatedItems"] in _ANYTHING,
-    **{
-        name: lambda schema, name=name: schema[name] == {}  # type: ignore[misc]
-        for name in ("dependencies", "dependentRequired", "dependentSchemas")
-    },
     "format": lambda schema: schema["format"] in _ANNOTATIONS,
 }
 

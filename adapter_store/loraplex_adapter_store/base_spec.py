@@ -64,6 +64,10 @@ class BaseSpec:
     conv1d: frozenset[str]  # modules whose weight is stored as [in, out] (GPT-2)
     input_embedding: str  # module name, as "model.embed_tokens"
     output_head: str  # module name, as "lm_head"
+    # Of an encoder: the linear of the labels, as "classifier.out_proj", which is in no field above.
+    classifier: str = ""
+    # Linears that only some of transformers' classes of this base have, as an encoder's pooler.
+    optional: frozenset[str] = frozenset()
 
     @property
     def routers(self) -> frozenset[str]:
@@ -88,7 +92,7 @@ class BaseSpec:
 
     @staticmethod
     def of(model: PreTrainedModel, model_id: str, *, quantization: str | None = None) -> BaseSpec:
-        """Build the spec of a transformers causal LM.
+        """Build the spec of a transformers model.
 
         ``quantization``: the name of a quantization whose linears compute their weights on access.
         """

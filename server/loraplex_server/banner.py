@@ -24,6 +24,17 @@ def banner(services: AppState, url: str) -> str:
     quoted = json.dumps(prompt, ensure_ascii=False)
     in_shell = quoted.replace("'", "'\\''")
     shown = ", ".join(adapters[:12]) + (f" and {len(adapters) - 12} more" if adapters[12:] else "")
+    if not services.model.writes_text:
+        return f"""
+Loraplex serves the text encoder {model} (up to {services.engine.max_model_len} tokens) at {url}
+{len(adapters)} adapters{": " + shown if adapters else ""}
+
+Try it:
+
+curl {url}/v1/embeddings{key} \\
+  -H "Content-Type: application/json" \\
+  -d '{{"model": "{model}"{field}, "input": ["a cat", "a kitten"]}}'
+"""
     return f"""
 Loraplex serves {model} (context {services.engine.max_model_len}) at {url}
 {len(adapters)} adapters{": " + shown if adapters else ""}

@@ -97,7 +97,9 @@ def build_front(
             base.name,
             base.spec.vocab_size,
             pooling_of_base(base.path),
-            _encoder_model(encoder),
+            _encoder_model(encoder, base.name),
+            base.head,
+            base.writes_text,
         ),
         config,
         selection=AdapterSelection(router, descriptions, refused),
@@ -137,7 +139,7 @@ def _makers(
     closing.callback(generated.close)
     thread: TrainingThread | None = None
     learning: Learning | None = None
-    if options.n_threads > 0:
+    if options.n_threads > 0 and base.writes_text:
         thread = training_thread(options, base)
         closing.callback(thread.close)
         learning = Learning(
@@ -172,12 +174,17 @@ def _makers(
     return AdapterMakers(generated, learning, training, thread, store_methods)
 
 
-def _encoder_model(shared: SharedEncoder) -> EncoderModel | None:
-    """Return the encoder as a model of /v1/embeddings, or None if it is not on this machine."""
+def _encoder_model(shared: SharedEncoder, base_name: str) -> EncoderModel | None:
+    """Return the encoder as a model of /v1/embeddings, or None if it is not on this machine.
+
+    A base of the same name is served by the engine, with adapters.
+    """
     from loraplex_server.model.errors import ModelError
 
     from .model.loading.pull import DEFAULT_ENCODER, resolve_encoder
 
+    if base_name == DEFAULT_ENCODER:
+        return None
     try:
         return EncoderModel.of(DEFAULT_ENCODER, resolve_encoder(), shared)
     except ModelError:

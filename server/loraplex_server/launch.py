@@ -88,6 +88,8 @@ def serve(
             path=model_path,
             experts=built.engine.experts,
             weights=built.weights,
+            head=built.head,
+            writes_text=built.writes_text,
         )
         app = build_front(config, base, store, health_tracker, closing)
         freeze_gc()

@@ -10,7 +10,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.files.companion_files import read_pooling
 from loraplex_adapter_store.files.file_names import MODULES_FILE, POOLING_FILE
 from loraplex_adapter_store.limits import StoreLimits
-from loraplex_adapter_store.plan import PoolingPlan
+from loraplex_adapter_store.plan import HeadPlan, PoolingPlan
 
 from .adapters.device_tier import DeviceTier
 from .engine.adapters.expert_monitor import ExpertMonitor
@@ -34,6 +34,8 @@ class ServedBase:
     path: Path
     experts: ExpertMonitor | None  # None: the engine runs in other processes
     weights: ResidentWeights | None  # for training; None: the weights of the file are mapped
+    head: HeadPlan | None = None  # of a base that is a classifier itself
+    writes_text: bool = True  # False: a text encoder
 
 
 def store_root(config: ServerConfig, spec: BaseSpec) -> Path:

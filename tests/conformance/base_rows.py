@@ -303,5 +303,4 @@ BASE_ROWS: tuple[BaseRow, ...] = (
     ),
     BaseRow("doge", "doge", refused="mask or bias that the model computes itself"),
     BaseRow("diffllama", "diffllama", refused="attends more than once"),
-    BaseRow("bert", "bert", refused="neither causal nor"),
 )

@@ -8,6 +8,7 @@ import peft
 import pytest
 
 from tests.conformance.base_rows import BASE_ROWS
+from tests.conformance.encoder_rows import ENCODER_ROWS
 from tests.conformance.expert_rows import EXPERT_ROWS
 from tests.conformance.head_rows import HEAD_ROWS
 from tests.conformance.lora_rows import LORA_ROWS
@@ -19,7 +20,7 @@ _DOCS = Path(__file__).parents[2] / "docs"
 _ADAPTER_ROWS = (*LORA_ROWS, *PEFT_ROWS, *OWN_ROWS, *EXPERT_ROWS, *MIXTURE_ROWS, *HEAD_ROWS)
 _TABLES = {
     "families.md": {row.id: row for row in _ADAPTER_ROWS},
-    "bases.md": {row.id: row for row in BASE_ROWS},
+    "bases.md": {row.id: row for row in (*BASE_ROWS, *ENCODER_ROWS)},
 }
 # Types of PEFT without a row: all are refused as unknown or by name.
 _WITHOUT_ROW = {
@@ -62,7 +63,7 @@ def test_every_row_is_documented(page: str) -> None:
 
 
 def test_ids_are_unique_over_all_tables() -> None:
-    ids = [row.id for row in (*_ADAPTER_ROWS, *BASE_ROWS)]
+    ids = [row.id for row in (*_ADAPTER_ROWS, *BASE_ROWS, *ENCODER_ROWS)]
     assert len(ids) == len({*ids})
 
 

@@ -12,7 +12,7 @@ from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.defaults import host_tier_bytes
 from loraplex_server.launch import open_store
-from loraplex_server.served_base import store_root
+from loraplex_server.served_base import pooling_of_base, store_root
 from loraplex_server.settings.config import HttpConfig, ServerConfig, StoreConfig
 from tests.conformance.base_rows import BaseRow, base_config
 from tests.support.bases.tiny_tokenizer import tiny_tokenizer
@@ -71,6 +71,9 @@ async def serving(
                 vocab_size=built.base_spec.vocab_size,
                 tier=built.engine,
                 experts=built.engine.experts,
+                pooling=pooling_of_base(base),
+                head=built.head,
+                writes_text=built.writes_text,
             )
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(

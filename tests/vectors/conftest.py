@@ -180,6 +180,8 @@ async def serving(
                 tier=built.engine,
                 encoder=encoder,
                 pooling=pooling_of_base(base),
+                head=built.head,
+                writes_text=built.writes_text,
                 **with_store(store),
             )
             transport = httpx.ASGITransport(app)

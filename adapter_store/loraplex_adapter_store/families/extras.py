@@ -7,8 +7,21 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterMismatch, MalformedFile, UnsupportedAdapter
-from loraplex_adapter_store.files.targets import module_names, resolve_module, split_key, ties_head
-from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, Family, ModulePlan, NormPlan
+from loraplex_adapter_store.files.targets import (
+    is_saved,
+    module_names,
+    resolve_module,
+    split_key,
+    ties_head,
+)
+from loraplex_adapter_store.plan import (
+    AdapterPlan,
+    ExpertPlan,
+    Family,
+    HeadTask,
+    ModulePlan,
+    NormPlan,
+)
 
 from .contract import Fold, ReadContext
 from .module_groups import ModuleGroup, linear_groups
@@ -206,7 +219,9 @@ def _is_saved(context: ReadContext, module: str) -> bool:
     base, saved = context.base, context.config.name_list("modules_to_save")
     is_tied = module == base.output_head and ties_head(context.config, base)
     modules = (module, base.input_embedding) if is_tied else (module,)
-    return any(each.endswith(name) for each in modules for name in saved)
+    return any(
+        each.endswith(name) or is_saved(context.config, each) for each in modules for name in saved
+    )
 
 
 def _check_norms(context: ReadContext, norms: Mapping[str, NormPlan]) -> None:
@@ -252,9 +267,23 @@ def _check_biases(context: ReadContext, modules: Iterable[str], biased: Collecti
 
 
 def _check_saved(context: ReadContext, saved: Collection[str]) -> None:
+    """Raises AdapterMismatch if the file lacks a weight that ``modules_to_save`` promises.
+
+    Optional linears of the base are those before the classifier of a text, and promised with it.
+    """
+    optional = context.base.optional
+    of_texts = (context.config.text("task_type") or "").upper() == HeadTask.SEQ_CLS
     for name in context.config.name_list("modules_to_save"):
-        keys = [key for key in context.base.parameters if key.endswith(f"{name}.weight")]
-        missing = [key for key in keys if key.removesuffix(".weight") not in saved]
+        missing = [
+            key
+            for key in context.base.parameters
+            if (module := key.removesuffix(".weight")) not in saved
+            and (
+                of_texts and is_saved(context.config, module)
+                if module in optional
+                else key.endswith(f"{name}.weight")
+            )
+        ]
         if missing:
             raise AdapterMismatch(
                 f"modules_to_save lists {name!r}, the file lacks it", missing, missing_keys=missing

@@ -186,9 +186,11 @@ def module_group(
 def check_targets(context: ReadContext, targets: Collection[str], modules: Iterable[str]) -> None:
     """Raises AdapterMismatch unless exactly the targets have tensors.
 
-    An adapter that would work only in part is refused.
+    An adapter that would work only in part is refused. Optional linears of the base may lack
+    tensors: the class that the adapter was trained on does not have them.
     """
-    wanted, present = frozenset(targets), frozenset(modules)
+    present = frozenset(modules)
+    wanted = frozenset(targets) - (context.base.optional - present)
     if not wanted and not present:
         raise AdapterMismatch(
             "no module of the base matches target_modules "

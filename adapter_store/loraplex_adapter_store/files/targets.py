@@ -9,6 +9,8 @@ from loraplex_adapter_store.errors import MalformedFile
 
 from .adapter_config import AdapterConfig
 
+# The names of the trunk in a model with a head: the same adapter may be saved with or without them.
+_TRUNKS = ("model.", "bert.", "roberta.", "distilbert.")
 # Prefixes of wrappers, which are stripped from the left.
 _WRAPPERS = (
     *("base_model.model.", "base_model.", "module.", "_orig_mod.", "_fsdp_wrapped_module."),
@@ -158,7 +160,7 @@ def _candidates(path: str) -> list[str]:
     names = [path]
     for wrapper in (*_WRAPPERS, "model.", *_WRAPPERS):
         names += [name.removeprefix(wrapper) for name in names if name.startswith(wrapper)]
-    longer = [f"model.{name}" for name in names]
+    longer = [f"{trunk}{name}" for trunk in _TRUNKS for name in names]
     shorter = [name.removeprefix("model.") for name in names if name.startswith("model.")]
     return list(dict.fromkeys([*names, *longer, *shorter]))
 

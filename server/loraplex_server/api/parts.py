@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.registry import Collector
 
-from loraplex_adapter_store.plan import PoolingMode, PoolingPlan
+from loraplex_adapter_store.plan import HeadPlan, PoolingMode, PoolingPlan
 from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.fine_tuning.training import Training
 from loraplex_server.adapters.learning.generated_adapters import GeneratedAdapters
@@ -42,6 +42,8 @@ class ServedModel:
     vocab_size: int | None = None  # width of the logits; None: the tokenizer's size
     pooling: PoolingPlan | None = None  # of the base's embeddings; None: the normalised mean
     encoder: EncoderModel | None = None  # for vectors; None: not on this machine
+    head: HeadPlan | None = None  # of a base that is a classifier itself
+    writes_text: bool = True  # False: a text encoder, which makes vectors and classes
 
     @property
     def embedding_pooling(self) -> PoolingPlan:

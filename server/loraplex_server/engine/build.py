@@ -14,17 +14,21 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.plan import HeadPlan
 from loraplex_kernels.cpu import native
 from loraplex_kernels.formats.quantized_weight import WeightFormat
 from loraplex_kernels.layers.batch_invariant import BatchInvariant
 from loraplex_server.model.base_model import BaseModel, load_base_model
+from loraplex_server.model.encoder.loading import is_text_encoder, load_text_encoder
+from loraplex_server.model.encoder.text_encoder import TextEncoder
 from loraplex_server.model.resident_weights import ResidentWeights
+from loraplex_server.model.trunk import Trunk
 
 from .adapters.adapter_loader import OtherPools
 from .adapters.device_pool import DevicePool
 from .attention_backend import choose_attention
 from .config import EngineConfig
-from .defaults import StepLimits, kv_dtype, step_limits
+from .defaults import StepLimits, encoder_limits, kv_dtype, step_limits
 from .engine import Engine
 from .engine_loop import EngineLoop, LoopSettings
 from .memory.device import resolve_device, use_device
@@ -35,6 +39,7 @@ from .parallel.sharded_model import build_sharded
 from .requests.inbox import Inbox
 from .scheduling.scheduler import Scheduler
 from .scheduling.step_cost import StepCost
+from .steps.encoder_runner import EncoderRunner
 from .steps.model_runner import ModelRunner
 from .steps.step_mode import StepMode
 from .steps.step_profile import profile_memory
@@ -60,6 +65,8 @@ class BuiltEngine:
     device: torch.device
     weights: ResidentWeights | None  # for training; None on a GPU or with several ranks
     max_positions: int  # the longest context of the base
+    head: HeadPlan | None = None  # of an encoder that is a classifier itself
+    writes_text: bool = True  # False: an encoder, which makes vectors and classes
 
 
 def build_engine(
@@ -80,6 +87,8 @@ def build_engine(
     tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
     dtype = dtype_of(config.dtype)
     workers: ShardWorkers | None = None
+    if is_text_encoder(model_path):
+        return _build_encoder(config, model_path, name, tokenizer, device)
     if config.tensor_parallel_size > 1:
         sharded = _run_in_temp_thread(
             lambda: build_sharded(model_path, name, config, dtype=dtype, device=device), device
@@ -116,8 +125,41 @@ def build_engine(
     return BuiltEngine(engine, tokenizer, spec, name, device, weights, model.max_positions)
 
 
+def _build_encoder(
+    config: EngineConfig,
+    path: Path,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> BuiltEngine:
+    """Build the engine of a text encoder. Raises ValueError for options of decoders alone."""
+    if config.tensor_parallel_size > 1 or config.quantization != "none":
+        raise ValueError(
+            f"{name} is a text encoder: it is served whole and unquantised; leave "
+            "--tensor-parallel-size and --quantization out"
+        )
+    encoder = _run_in_temp_thread(
+        lambda: load_text_encoder(
+            path, name, dtype=dtype_of(config.dtype), device=device, self_check=config.self_check
+        ),
+        device,
+    )
+    engine = assemble_engine(encoder, config)
+    return BuiltEngine(
+        engine,
+        tokenizer,
+        encoder.spec,
+        name,
+        device,
+        None,
+        encoder.max_positions,
+        head=encoder.head_plan,
+        writes_text=False,
+    )
+
+
 def assemble_engine(
-    model: BaseModel,
+    model: Trunk,
     config: EngineConfig,
     *,
     shard_workers: ShardWorkers | None = None,
@@ -128,10 +170,13 @@ def assemble_engine(
     ``shard_workers``: the other ranks of a sharded model. The engine closes them.
     ``mode``: how steps run; None: as the config and the device say.
     """
-    step_mode = mode or StepMode.of(config, model.device)
-    engine = _run_in_temp_thread(
-        lambda: _assemble(model, config, step_mode, shard_workers), model.device
-    )
+
+    def assemble() -> Engine:
+        if isinstance(model, TextEncoder):
+            return _assemble_encoder(model, config)
+        return _assemble(model, config, mode or StepMode.of(config, model.device), shard_workers)
+
+    engine = _run_in_temp_thread(assemble, model.device)
     engine.start()
     return engine
 
@@ -214,6 +259,58 @@ def _assemble(
     return Engine(loop, inbox, on_closed=workers.close)
 
 
+def _assemble_encoder(model: TextEncoder, config: EngineConfig) -> Engine:
+    """Return the engine of an encoder: no KV cache, and texts that are never divided."""
+    limits = encoder_limits(config, model.device)
+    max_model_len = _max_model_len(model, config)
+    n_pages = limits.max_batch_size * (-(-max_model_len // PAGE_SIZE) + 1)
+    kv_cache = KvCache(
+        KvGeometry(n_layers=0, n_kv_heads=0, head_dim=0),
+        n_pages=n_pages,
+        page_size=PAGE_SIZE,
+        max_requests=limits.max_batch_size,
+        max_model_len=max_model_len,
+        dtype=model.dtype,
+        device=model.device,
+        prefix_cache=False,
+    )
+    inbox = Inbox(max_queue=config.max_queue)
+    adapters = DevicePool(
+        model,
+        PoolLimits(
+            config.adapter_memory_bytes or _CPU_ADAPTER_BYTES,
+            limits.max_loras,
+            config.max_lora_rank,
+        ),
+        on_loaded=lambda: inbox.post(_wake),
+    )
+    spec = model.spec
+    scheduler = Scheduler(
+        kv_cache,
+        adapters,
+        StepCost(2 * spec.n_layers * spec.hidden_size * model.dtype.itemsize),
+        max_batch_size=limits.max_batch_size,
+        max_step_tokens=limits.max_step_tokens,
+        whole_prompts=True,
+    )
+    settings = LoopSettings(
+        max_model_len=max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        n_threads=config.threads or _DEFAULT_THREADS,
+        arithmetic=_arithmetic(config, model.device),
+    )
+    runner = EncoderRunner(model, kv_cache, adapters)
+    _log.info(
+        "engine: the text encoder %s on %s in %s, texts of up to %d tokens, adapter pool %d MiB",
+        spec.model_id,
+        model.device,
+        str(model.dtype).removeprefix("torch."),
+        max_model_len,
+        adapters.pool.bytes_total >> 20,
+    )
+    return Engine(EngineLoop(settings, runner, kv_cache, adapters, scheduler, inbox), inbox)
+
+
 def _wake() -> None:
     """Makes the engine thread look for loads that are done."""
 
@@ -236,7 +333,7 @@ def _arithmetic(config: EngineConfig, device: torch.device) -> AbstractContextMa
     return BatchInvariant()
 
 
-def _max_model_len(model: BaseModel, config: EngineConfig) -> int:
+def _max_model_len(model: Trunk, config: EngineConfig) -> int:
     wanted = config.max_model_len or model.max_positions
     if wanted > model.max_positions:
         raise ValueError(

@@ -23,6 +23,8 @@ class StepLimits(NamedTuple):
 
 _OF_A_CPU = StepLimits(64, 128, 64)
 _OF_A_GPU = StepLimits(256, 2048, 512)
+_ENCODER_ON_A_CPU = StepLimits(64, 1024, 64)
+_ENCODER_ON_A_GPU = StepLimits(256, 16384, 512)
 
 
 def step_limits(config: EngineConfig, device: torch.device) -> StepLimits:
@@ -32,7 +34,15 @@ def step_limits(config: EngineConfig, device: torch.device) -> StepLimits:
     GPU reads its weights once for 2,048 tokens as for one. A routed adapter takes a slot for each
     expert; a slot costs a GPU about 20 KB.
     """
-    own = _OF_A_CPU if device.type == "cpu" else _OF_A_GPU
+    return _limits(config, _OF_A_CPU if device.type == "cpu" else _OF_A_GPU)
+
+
+def encoder_limits(config: EngineConfig, device: torch.device) -> StepLimits:
+    """Return the limits of an encoder's steps, which no decoding request waits for."""
+    return _limits(config, _ENCODER_ON_A_CPU if device.type == "cpu" else _ENCODER_ON_A_GPU)
+
+
+def _limits(config: EngineConfig, own: StepLimits) -> StepLimits:
     return StepLimits(
         config.max_batch_size or own.max_batch_size,
         config.max_step_tokens or own.max_step_tokens,

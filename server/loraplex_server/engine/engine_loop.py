@@ -33,7 +33,7 @@ from .requests.request import Request
 from .sampling.token_rules import is_adjusted
 from .scheduling.scheduler import ScheduledChunk, Scheduler
 from .scheduling.step_stats import StepStats
-from .steps.model_runner import ModelRunner, StartedStep
+from .steps.step_runner import StartedStep, StepRunner
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class EngineLoop:
     def __init__(
         self,
         settings: LoopSettings,
-        runner: ModelRunner,
+        runner: StepRunner,
         kv_cache: KvCache,
         adapters: DevicePool,
         scheduler: Scheduler,

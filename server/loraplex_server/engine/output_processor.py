@@ -22,7 +22,7 @@ from .requests.request import Constraint, Request
 from .sampling.sampler import Sampled
 from .scheduling.scheduler import ScheduledChunk, Scheduler
 from .scheduling.step_stats import StepStats
-from .steps.model_runner import StepResult
+from .steps.step_runner import StepResult
 
 _log = logging.getLogger(__name__)
 

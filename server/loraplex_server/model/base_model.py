@@ -10,11 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_kernels.formats.quantized_weight import WeightFormat
-from loraplex_kernels.formats.storage import WeightRange
-from loraplex_kernels.layers.base_linear import BaseLinear
 from loraplex_kernels.layers.model_ops import silu_mul
-from loraplex_kernels.layers.packed_linear import PackedLinear, packed_words
-from loraplex_kernels.layers.quantized_linear import QuantizedLinear
 from loraplex_kernels.lora.ops import PreparedTarget
 from loraplex_kernels.lora.pool import LoraPool
 
@@ -24,20 +20,19 @@ from .layers.adapted_modules import replace_embeddings, replace_norms
 from .layers.attention import LayerAttention, install_attention
 from .layers.forward_context import ForwardContext
 from .layers.fused_decoder import FusedDecoder
-from .layers.packed_lora_linear import LinearCut, LoraLinear, PackedLoraLinear
+from .layers.packed_lora_linear import PackedLoraLinear
 from .layers.routed import RoutedMlp, find_mlps
 from .layers.tensor_parallel import GatheredHead, Shard
 from .loading.loader import run_load
 from .loading.served_spec import PackedSlice, served_spec
+from .packing import replace_linears
 from .quantized.quantized_modules import (
-    QuantizedModule,
     load_quantized,
     quantization_config,
     quantization_of,
     quantize_linears,
 )
 from .self_check import Reference
-from .targets import group_modules
 from .tracing.model_trace import decoder_of, trace_model
 
 
@@ -80,11 +75,15 @@ class BaseModel:
         packed: dict[str, PackedSlice] = {}
         quantization = quantization_of(model)
         self.spec = served_spec(  # keeps no reference to the first spec, which holds all weights
-            BaseSpec.of(model, model_id, quantization=quantization), trace, model, packed
+            BaseSpec.of(model, model_id, quantization=quantization),
+            model,
+            packed,
+            linears=trace.linears,
+            attention=next(iter(trace.attention.values())),
         )
         self.layers: list[LayerAttention] = install_attention(model, trace.attention, self.step)
-        self.groups: dict[str, PackedLoraLinear] = self._replace_linears(
-            model, exponent_coding, packed
+        self.groups = replace_linears(
+            model, self.spec, self.step, packed, exponent_coding=exponent_coding, shard=shard
         )
         self.mlps: dict[str, RoutedMlp] = find_mlps(
             self.groups, lambda name: _gated_activation(model.get_submodule(name)), self.step
@@ -188,60 +187,6 @@ class BaseModel:
         raw = self.head.packed(hidden)
         return self.finish_logits(raw, torch.empty_like(raw, dtype=torch.float32))
 
-    def _replace_linears(
-        self, model: PreTrainedModel, exponent_coding: bool, slices: dict[str, PackedSlice]
-    ) -> dict[str, PackedLoraLinear]:
-        """Pack the linears and fill ``slices``. Frees a group's weights before packing the next."""
-        groups: dict[str, PackedLoraLinear] = {}
-        grouped = list(group_modules(self.model_type, self.spec.modules))
-        memory = WeightRange(sum(self._words_of(model, names) for names in grouped))
-        for names in grouped:
-            modules = [model.get_submodule(name) for name in names]
-            packed = _pack(names, modules, exponent_coding, memory)
-            del modules
-            group = PackedLoraLinear(
-                _group_name(names),
-                names,
-                packed,
-                self.step,
-                self._reduce_of(names),
-                self._cuts_of(names, packed.in_features),
-            )
-            groups[group.target.name] = group
-            for name, module in zip(names, LoraLinear.of_group(group), strict=True):
-                parent = model.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], module)
-            slices.update((name, PackedSlice(group, i)) for i, name in enumerate(names))
-            if self.device.type != "cpu":
-                torch.cuda.empty_cache()  # the next group's tensors have other sizes
-        return groups
-
-    def _reduce_of(self, names: Sequence[str]) -> Callable[[Tensor], None] | None:
-        shard = self.shard
-        if shard is None or not shard.layout.is_summed(names[0]):
-            return None
-        return shard.collective.all_reduce
-
-    def _cuts_of(self, names: Sequence[str], in_features: int) -> tuple[LinearCut, ...] | None:
-        """Return each linear's cut; None without ranks. ``in_features``: of this rank."""
-        if self.shard is None:
-            return None
-        layout, rank = self.shard.layout, self.shard.rank
-        if layout.is_summed(names[0]):
-            in_features *= layout.size
-        return tuple(
-            LinearCut(in_features, layout.inputs(name, rank), layout.outputs(name, rank))
-            for name in names
-        )
-
-    def _words_of(self, model: PreTrainedModel, names: Sequence[str]) -> int:
-        """Return the size of the packed weights in words; 0 on a GPU."""
-        if self.device.type != "cpu" or isinstance(model.get_submodule(names[0]), QuantizedModule):
-            return 0
-        shapes = [self.spec.modules[name] for name in names]
-        dtype = model.get_parameter(f"{names[0]}.weight").dtype
-        return packed_words([s.out_features for s in shapes], shapes[0].in_features, dtype)
-
 
 def load_base_model(
     path: Path,
@@ -313,38 +258,6 @@ def _gated_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return activated
 
     return gated
-
-
-def _pack(
-    names: Sequence[str], modules: Sequence[nn.Module], exponent_coding: bool, memory: WeightRange
-) -> BaseLinear:
-    """Return one product of the modules ``names``, which read the same input."""
-    biases = [getattr(module, "bias", None) for module in modules]
-    quantized = [m.quantized for m in modules if isinstance(m, QuantizedModule)]
-    if not quantized:
-        weights = [_weight(module) for module in modules]
-        return PackedLinear(weights, biases, exponent_coding=exponent_coding, memory=memory)
-    if len(quantized) < len(modules):
-        raise UnsupportedBase(f"some of {', '.join(names)} are quantised and some are not")
-    try:
-        return QuantizedLinear(quantized, biases)
-    except ValueError as error:
-        raise UnsupportedBase(f"{', '.join(names)}: {error}") from error
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """Return a linear's weight [out, in]; transformers' Conv1D (GPT-2) stores the transpose."""
-    if isinstance(module, nn.Linear):
-        return module.weight
-    transposed: Tensor = module.get_parameter("weight").t()
-    return transposed.contiguous()
-
-
-def _group_name(names: Sequence[str]) -> str:
-    """ "model.layers.0.self_attn.q_proj+k_proj+v_proj"."""
-    prefix = names[0].rpartition(".")[0]
-    leaves = "+".join(name.rpartition(".")[2] for name in names)
-    return f"{prefix}.{leaves}" if prefix else leaves
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

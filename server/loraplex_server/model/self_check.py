@@ -10,9 +10,8 @@ disturbed by about the rounding error of the dtype.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedBase
 from .layers.forward_context import ForwardContext
+from .rounding import differences, disturbed, rms, rounding_of, tolerance_of, watched
 from .tracing.call_recorder import attention_as
 from .tracing.model_trace import ModelTrace
 
@@ -27,9 +27,6 @@ _N_PROMPTS = 2
 _N_TOKENS = 20  # of a prompt
 _N_DECODED = 3  # tokens that are decoded one by one
 _PAGE = 16  # tokens of a page: a prompt crosses into its second
-_MARGIN = 4.0  # allowed difference, in differences of the disturbed rows
-_DENSITY = 1 / 16  # share of elements that are disturbed, by a whole rounding step
-_N_ROUNDINGS = {torch.float32: 64.0}  # rounding steps of a layer; 1 in shorter dtypes
 _MOE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -78,17 +75,14 @@ class Reference:
         starts = torch.tensor([[0], [trace.max_positions - n_tokens]])
         positions = starts + torch.arange(n_tokens)
         token_ids, positions = token_ids.to(model.device), positions.to(model.device)
-        rounding = _N_ROUNDINGS.get(model.dtype, 1.0) * float(torch.finfo(model.dtype).eps)
+        rounding = rounding_of(model.dtype)
         with (
             torch.no_grad(),
             attention_as(model, "eager"),
-            _disturbed(model, trace.layer_names, rounding),
+            disturbed(model, trace.layer_names, rounding),
         ):
-            states, disturbed = _run(model, trace.layer_names, token_ids, positions)
-        tolerance = tuple(
-            _MARGIN * (_rms(_differences(a, b)) + rounding / 2)
-            for a, b in zip(disturbed, states, strict=True)
-        )
+            states, moved = _run(model, trace.layer_names, token_ids, positions)
+        tolerance = tuple(tolerance_of(a, b, rounding) for a, b in zip(moved, states, strict=True))
         config = model.config.get_text_config()
         routes = any((getattr(config, name, None) or 0) > 1 for name in _MOE)
         return Reference(token_ids, positions, trace.layer_names, states, tolerance, routes)
@@ -113,13 +107,13 @@ class Reference:
         Each prompt's prefill and decode steps are judged apart. If the base routes tokens to
         experts, rounding may change the choice, so only half of the rows have to fit.
         """
-        differences = _differences(states, self._states[stage]).view(_N_PROMPTS, -1)
-        measure = torch.median if self._routes_experts else _rms
+        off = differences(states, self._states[stage]).view(_N_PROMPTS, -1)
+        measure = torch.median if self._routes_experts else rms
         return all(
             measure(row) <= self._tolerance[stage]
             for part in (
-                differences[:, : self._n_prefilled],
-                differences[:, self._n_prefilled :],
+                off[:, : self._n_prefilled],
+                off[:, self._n_prefilled :],
             )
             for row in part
             if len(row) > 0
@@ -127,8 +121,8 @@ class Reference:
 
     def _describe(self, stage: int, states: Tensor) -> str:
         expected = self._states[stage]
-        differences = _differences(states, expected)
-        row = int(differences.nan_to_num(torch.inf).argmax())
+        off = differences(states, expected)
+        row = int(off.nan_to_num(torch.inf).argmax())
         column = int((states[row].float() - expected[row].float()).abs().nan_to_num(1e38).argmax())
         prompt, index = divmod(row, self._token_ids.shape[1])
         phase = "prefill" if index < self._n_prefilled else "decode"
@@ -139,7 +133,7 @@ class Reference:
             f"it answers differently from transformers. They differ first {where}: at position "
             f"{int(self._positions[prompt, index])} ({phase}) element {column} is {values[0]:.6g} "
             f"in transformers and {values[1]:.6g} here; the row differs by "
-            f"{float(differences[row]):.2g} of its size, and rounding explains "
+            f"{float(off[row]):.2g} of its size, and rounding explains "
             f"{self._tolerance[stage]:.2g}. --no-self-check serves it nevertheless"
         )
 
@@ -174,7 +168,7 @@ class Reference:
         layers: list[list[Tensor]] = []
         for start, end in steps:
             _bind(base.step, self._positions[:, start:end], start, end, n_pages)
-            with _watched(model, names) as seen:
+            with watched(model, names) as seen:
                 hidden = forward(base.embed(self._token_ids[:, start:end].reshape(-1)))
             logits.append(base.logits(hidden).view(n_prompts, end - start, -1))
             layers.append([seen[name].view(n_prompts, end - start, -1) for name in names])
@@ -188,7 +182,7 @@ def _run(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run transformers' forward on the prompts twice: plain, and disturbed (second half)."""
     twice = token_ids.repeat(2, 1)
-    with _watched(model, layer_names) as seen:
+    with watched(model, layer_names) as seen:
         logits: Tensor = model(
             input_ids=twice,
             position_ids=positions.repeat(2, 1),
@@ -196,62 +190,8 @@ def _run(
             use_cache=False,
         ).logits
     stages = [*(seen[name] for name in layer_names), logits.flatten(0, 1)]
-    clean, disturbed = zip(*(stage.chunk(2) for stage in stages), strict=True)
-    return list(clean), list(disturbed)
-
-
-def _differences(found: Tensor, expected: Tensor) -> Tensor:
-    """Return each row's difference relative to the size of the centred row; float32."""
-    a, b = found.float(), expected.float()
-    centred = b - b.mean(-1, keepdim=True)
-    size = torch.linalg.vector_norm(centred, dim=-1).clamp_min(1e-30)
-    relative: Tensor = torch.linalg.vector_norm(a - b, dim=-1) / size
-    return relative.nan_to_num(torch.inf)
-
-
-def _rms(differences: Tensor) -> float:
-    return float(differences.square().mean().sqrt())
-
-
-@contextlib.contextmanager
-def _watched(model: nn.Module, layer_names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Fill the yielded dict with each layer's output [n_rows, hidden_size]."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            hidden = output if isinstance(output, Tensor) else output[0]
-            seen[name] = hidden.reshape(-1, hidden.shape[-1]).clone()
-
-        return hook
-
-    with contextlib.ExitStack() as stack:
-        for name in layer_names:
-            handle = model.get_submodule(name).register_forward_hook(keep(name))
-            stack.callback(handle.remove)
-        yield seen
-
-
-@contextlib.contextmanager
-def _disturbed(model: nn.Module, layer_names: Sequence[str], rounding: float) -> Iterator[None]:
-    """Change some elements of each layer's output by ± ``rounding``, relative to their value.
-
-    Only the second half of the batch is changed, so the halves show how far rounding moves logits.
-    """
-    generator = torch.Generator().manual_seed(1)
-
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        hidden = output if isinstance(output, Tensor) else output[0]
-        first = hidden.shape[0] // 2
-        noise = torch.rand(hidden[first:].shape, generator=generator) / _DENSITY
-        factor = torch.where(noise < 1, 1 + rounding * (noise - 0.5).sign(), 1.0).to(hidden)
-        disturbed = torch.cat([hidden[:first], hidden[first:] * factor])
-        return disturbed if isinstance(output, Tensor) else (disturbed, *output[1:])
-
-    with contextlib.ExitStack() as stack:
-        for name in layer_names:
-            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
-        yield
+    clean, moved = zip(*(stage.chunk(2) for stage in stages), strict=True)
+    return list(clean), list(moved)
 
 
 def _bind(step: ForwardContext, positions: Tensor, start: int, end: int, n_pages: int) -> None:

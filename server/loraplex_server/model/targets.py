@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_BERT_QKV = ("self.query", "self.key", "self.value")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 # Model type → suffixes of linears that share an input, in the order of their calls.
@@ -14,6 +15,10 @@ PACKED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "gemma": (_QKV, _GATE_UP),
     "gemma2": (_QKV, _GATE_UP),
     "gemma3_text": (_QKV, _GATE_UP),
+    "bert": (_BERT_QKV,),
+    "roberta": (_BERT_QKV,),
+    "xlm-roberta": (_BERT_QKV,),
+    "distilbert": (("attention.q_lin", "attention.k_lin", "attention.v_lin"),),
     "gpt2": (),
     "phi3": (),
 }

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from loraplex_adapter_store.part_log import worked
 from loraplex_server.errors import ApiError, invalid
@@ -20,9 +20,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 T = TypeVar("T")
+TextPair = tuple[str, str | None]
 _log = logging.getLogger(__name__)
 _N_THREADS = 3
 _PIECE_CHARS = 1 << 18  # encoded at once, unless one text is longer
+
+
+class EncodedText(NamedTuple):
+    """The token ids of a text or of a pair of texts."""
+
+    ids: tuple[int, ...]
+    second_text_at: int | None = None  # where token types say that the second text begins
 
 
 class TextPipeline:
@@ -45,6 +53,8 @@ class TextPipeline:
         self._chat = tokenizer
         self._templates = Templates()
         self.backend = tokenizer.backend_tokenizer
+        self.backend.no_truncation()  # of sentence-transformers' files; texts are cut on request
+        self.backend.no_padding()
         self.vocab_size = vocab_size or len(tokenizer)
         self.token_texts = TokenTexts(self.backend)
         added = self.backend.get_added_tokens_decoder().items()
@@ -84,20 +94,46 @@ class TextPipeline:
         tenant: str,
     ) -> list[tuple[int, ...]]:
         """Encode each text as a prompt. The tokenizer joins a pair of texts to one prompt."""
+        encode = partial(self._encode_all, add_special_tokens=add_special_tokens)
+        return await self._encode_in_pieces(texts, encode, param, tenant)
+
+    async def encode_whole(
+        self,
+        texts: Sequence[str] | Sequence[tuple[str, str]],
+        *,
+        max_tokens: int | None,
+        cut_left: bool,
+        param: str,
+        tenant: str,
+    ) -> list[EncodedText]:
+        """Encode texts or pairs with the special tokens and token types of an encoder.
+
+        ``max_tokens``: texts are cut to it between their special tokens, of a pair the longer one
+        first; None: no text is cut.
+        """
+        encode = partial(self._encode_cut, max_tokens=max_tokens, cut_left=cut_left)
+        return await self._encode_in_pieces(texts, encode, param, tenant)
+
+    async def _encode_in_pieces(
+        self,
+        texts: Sequence[str] | Sequence[tuple[str, str]],
+        encode: Callable[[Sequence[TextPair]], list[T]],
+        param: str,
+        tenant: str,
+    ) -> list[T]:
         inputs = [(text, None) if isinstance(text, str) else text for text in texts]
         lengths = [len(first) + len(second or "") for first, second in inputs]
         for length in lengths:
             self.check_length(length, param)
-        ids: list[tuple[int, ...]] = []
-        while len(ids) < len(inputs):  # texts of other tenants go between two pieces
-            at, n_chars = len(ids), 0
+        encoded: list[T] = []
+        while len(encoded) < len(inputs):  # texts of other tenants go between two pieces
+            at, n_chars = len(encoded), 0
             end = at
             while end < len(inputs) and (end == at or n_chars + lengths[end] <= _PIECE_CHARS):
                 n_chars += lengths[end]
                 end += 1
-            piece = inputs[at:end]
-            ids += await self._run(partial(self._encode_all, piece, add_special_tokens), tenant)
-        return ids
+            encoded += await self._run(partial(encode, inputs[at:end]), tenant)
+        return encoded
 
     async def encode_chat(
         self,
@@ -189,12 +225,34 @@ class TextPipeline:
             raise unrenderable(str(error) or "it gives no reason") from error
 
     def _encode_all(
-        self, inputs: Sequence[tuple[str, str | None]], add_special_tokens: bool
+        self, inputs: Sequence[TextPair], add_special_tokens: bool
     ) -> list[tuple[int, ...]]:
         # Only the batch methods let other threads run meanwhile.
         texts = [first if second is None else (first, second) for first, second in inputs]
         encode = self.backend.encode_batch_fast
         return [tuple(each.ids) for each in encode(texts, add_special_tokens=add_special_tokens)]
+
+    def _encode_cut(
+        self, inputs: Sequence[TextPair], *, max_tokens: int | None, cut_left: bool
+    ) -> list[EncodedText]:
+        encode, finish = self.backend.encode_batch_fast, self.backend.post_process
+        firsts = encode([first for first, _ in inputs], add_special_tokens=False)
+        seconds = iter(encode([b for _, b in inputs if b is not None], add_special_tokens=False))
+        texts = []
+        for first, (_, text) in zip(firsts, inputs, strict=True):
+            second = None if text is None else next(seconds)
+            if max_tokens is not None:
+                n_special = self.backend.num_special_tokens_to_add(second is not None)
+                sizes = len(first), 0 if second is None else len(second)
+                n_first, n_second = _longest_first(*sizes, max(0, max_tokens - n_special))
+                side = "left" if cut_left else "right"
+                first.truncate(n_first, direction=side)
+                if second is not None:
+                    second.truncate(n_second, direction=side)
+            whole = finish(first, second)
+            at = whole.type_ids.index(1) if 1 in whole.type_ids else None
+            texts.append(EncodedText(tuple(whole.ids), at))
+        return texts
 
     async def _run(self, work: Callable[[], T], tenant: str) -> T:
         """Raises ApiError, also for a Rust panic of the tokenizer, which is no Exception."""
@@ -212,3 +270,14 @@ class TextPipeline:
             ) from error
         worked("tokenizer")
         return result
+
+
+def _longest_first(n_first: int, n_second: int, n_tokens: int) -> tuple[int, int]:
+    """Return how many tokens of two texts stay if the longer one is cut first, as tokenizers do."""
+    if n_first + n_second <= n_tokens:
+        return n_first, n_second
+    shorter = min(n_first, n_second)
+    longer = max(shorter, n_tokens - shorter)
+    if shorter + longer > n_tokens:
+        shorter, longer = n_tokens // 2, n_tokens - n_tokens // 2
+    return (shorter, longer) if n_first <= n_second else (longer, shorter)

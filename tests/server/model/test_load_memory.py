@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.layers import packed_linear
-from loraplex_server.model import base_model
+from loraplex_server.model import packing
 from loraplex_server.model.base_model import BaseModel
 from tests.support.bases.architectures import tiny_model
 
@@ -74,7 +74,7 @@ def test_originals_are_freed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> 
             alive.append(sum(original() is not None for original in originals.values()))
             super().__init__(weights, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(base_model, "PackedLinear", Counting)
+    monkeypatch.setattr(packing, "PackedLinear", Counting)
     base = BaseModel(model, "tiny", self_check=False)
     assert len(originals) == 21
     in_order = [len(g.module_names) for g in base.groups.values() if g is not base.head]

@@ -3,12 +3,16 @@
     base_model.model.score.weight        [n_labels, hidden_size]
     base_model.model.score.bias          [n_labels], where the class has one
 
-transformers calls the module ``score`` or ``classifier``; ``modules_to_save`` may name another.
+transformers calls the module ``score`` or ``classifier``; ``modules_to_save`` may name another. In
+an encoder the saved module may have layers before the labels, as RoBERTa's ``classifier.dense``:
+``classifier.out_proj`` is the head then, and the others are modules of the base.
 """
 
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
+
+from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterMismatch, MalformedFile, UnsupportedAdapter
 from loraplex_adapter_store.families.contract import ReadContext
@@ -19,7 +23,7 @@ from loraplex_adapter_store.plan import Activation, HeadPlan, HeadTask
 _KEY = re.compile(
     r"(?:(?:base_model|model|module|_orig_mod|_fsdp_wrapped_module)\.)*"
     r"(?P<module>\w+)(?:\.(?P<copy>modules_to_save|original_module))?(?:\.default)?"
-    r"\.(?P<part>weight|bias)"
+    r"(?P<inner>\.out_proj)?\.(?P<part>weight|bias)"
 )
 _USUAL = ("score", "classifier")
 _CLASSES = {
@@ -56,7 +60,7 @@ def read_head(context: ReadContext, model_config: Mapping[str, object]) -> HeadP
         bias = context.ledger.take(stored.parts["bias"], (n_labels,))
     for key in stored.copies:
         context.ledger.claim(key)
-    labels = _labels(context.config, model_config, n_labels)
+    labels = _labels(context.config.get("id2label"), model_config, n_labels)
     head = HeadPlan(
         task=task,
         weight=weight,
@@ -67,6 +71,23 @@ def read_head(context: ReadContext, model_config: Mapping[str, object]) -> HeadP
     shown = ", ".join(labels[:20]) + (", …" if n_labels > 20 else "")
     context.notes.append(f"{stored.module}: the head of a {task.value}; {n_labels} labels: {shown}")
     return head
+
+
+def head_of_base(
+    task: HeadTask, weight: Tensor, bias: Tensor | None, model_config: Mapping[str, object]
+) -> HeadPlan:
+    """Return the head of a base that is a classifier itself. Raises AdapterRefused.
+
+    ``weight`` [n_labels, hidden_size]. ``model_config``: the fields of its config.json.
+    """
+    n_labels = int(weight.shape[0])
+    return HeadPlan(
+        task=task,
+        weight=weight,
+        bias=bias,
+        labels=_labels(None, model_config, n_labels),
+        activation=_activation(model_config, n_labels),
+    )
 
 
 def _task(config: AdapterConfig) -> HeadTask | None:
@@ -88,6 +109,9 @@ def _find(context: ReadContext) -> _Head:
         match = _KEY.fullmatch(key)
         if match is None or match["module"] not in names:
             continue
+        module = f"{match['module']}{match['inner'] or ''}"
+        if match["inner"] and module != context.base.classifier:
+            continue
         twin = key.replace(".modules_to_save.", ".").replace(".default.", ".")
         if match["copy"] == "original_module":  # its state before training
             copies.append(key)
@@ -96,7 +120,7 @@ def _find(context: ReadContext) -> _Head:
                 raise AdapterMismatch(f"{key} and {twin} differ")
             copies.append(key)
         else:
-            parts.setdefault(match["module"], {})[match["part"]] = key
+            parts.setdefault(module, {})[match["part"]] = key
     if len(parts) > 1:
         raise AdapterMismatch(f"the file has {len(parts)} heads: {', '.join(sorted(parts))}")
     module, of_module = next(iter(parts.items()), ("score", {}))
@@ -109,11 +133,9 @@ def _find(context: ReadContext) -> _Head:
     return _Head(module, of_module, tuple(copies))
 
 
-def _labels(
-    config: AdapterConfig, model_config: Mapping[str, object], n_labels: int
-) -> tuple[str, ...]:
-    """Return ``id2label`` of adapter_config.json, else of config.json, else the default names."""
-    named = config.get("id2label") or model_config.get("id2label")
+def _labels(own: object, model_config: Mapping[str, object], n_labels: int) -> tuple[str, ...]:
+    """Return ``own`` id2label, else that of config.json, else the default names."""
+    named = own or model_config.get("id2label")
     if named is None:
         return tuple(f"LABEL_{index}" for index in range(n_labels))
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):

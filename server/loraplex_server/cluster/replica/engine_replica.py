@@ -42,6 +42,8 @@ from loraplex_server.health_tracker import HealthTracker, kind_of_failure, log_e
 from loraplex_server.launch import freeze_gc, open_store, temporary_folder
 from loraplex_server.logs import set_up_logging
 from loraplex_server.metrics.routing_collector import recent_loads
+from loraplex_server.model.encoder.loading import is_text_encoder
+from loraplex_server.model.errors import ModelError
 from loraplex_server.model.loading.pull import resolve_model
 from loraplex_server.served_base import public_name
 from loraplex_server.services import tell
@@ -202,6 +204,8 @@ class EngineReplica:
         self._health_tracker = HealthTracker()
         self._closing.enter_context(self._health_tracker.listening())
         name = public_name(config.model, path)
+        if is_text_encoder(path):
+            raise ModelError(f"{name} is a text encoder: serve it by `loraplex serve`, each alone")
         built = build_engine(config.engine, path, model_id=name)
         self._engine, self._base = built.engine, built.base_spec
         self._max_positions = built.max_positions

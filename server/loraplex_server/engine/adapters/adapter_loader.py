@@ -8,7 +8,7 @@ from loraplex_router.experts.expansion import PlacedExperts
 from loraplex_server.engine.memory.copy_stream import CopyStream
 from loraplex_server.engine.memory.device import use_device
 from loraplex_server.engine.memory.memory_plan import PoolLimits
-from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.trunk import Trunk
 
 from .adapter_memory import AdapterMemory
 from .device_parts import DeviceParts
@@ -41,7 +41,7 @@ class OtherPools:
 class AdapterLoader:
     """Owner of the loader thread, which runs one load at a time, on all ranks."""
 
-    def __init__(self, model: BaseModel, others: OtherPools) -> None:
+    def __init__(self, model: Trunk, others: OtherPools) -> None:
         self._model, self._others = model, others
         self._copies = CopyStream(model.device)
         self._thread = ThreadPoolExecutor(

@@ -9,14 +9,14 @@ from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_kernels.lora.pool import LoraPool, PoolTensors
 from loraplex_router.experts.expansion import PlacedExperts
 from loraplex_server.engine.memory.memory_plan import PoolLimits
-from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.layers.routed import place_experts, slices_of
+from loraplex_server.model.trunk import Trunk
 
 from .adapter_packer import PackedAdapter
 from .device_parts import DeviceParts
 
 
-def new_pool(model: BaseModel, limits: PoolLimits, *, exponent_coding: bool) -> LoraPool:
+def new_pool(model: Trunk, limits: PoolLimits, *, exponent_coding: bool) -> LoraPool:
     """Return a pool for the linears of ``model``."""
     return LoraPool(
         [group.target for group in model.groups.values()],
@@ -54,7 +54,7 @@ class AdapterMemory:
         return AdapterMemory(pool, slots, tensors, parts, packed.n_bytes + tensors.n_bytes)
 
     def copy(
-        self, on_host: DeviceParts, plan: AdapterPlan, model: BaseModel
+        self, on_host: DeviceParts, plan: AdapterPlan, model: Trunk
     ) -> Mapping[str, PlacedExperts]:
         """Copy factors and parts to the device, on the current stream. Any thread.
 

@@ -15,9 +15,10 @@ from loraplex_adapter_store.errors import LimitExceeded, UnsupportedAdapter
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, HeadTask, ModulePlan
 from loraplex_kernels.formats.layout import MAX_RANK
 from loraplex_server.engine.parallel.plan_cut import uncut_parts
-from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.encoder.text_encoder import TextEncoder
 from loraplex_server.model.layers.tensor_parallel import ShardLayout
 from loraplex_server.model.targets import routable_modules
+from loraplex_server.model.trunk import Trunk
 
 _EMBEDDING_FIELDS = frozenset({"a", "b"})
 _EXPERT_FIELDS = frozenset({"a", "b", "out_scale", "bias"})
@@ -38,6 +39,9 @@ class EngineCapabilities:
     n_layers: int
     max_rank: int = MAX_RANK
     layout: ShardLayout | None = None  # of a base that is cut over several ranks
+    is_encoder: bool = False  # it computes whole texts without a KV cache
+    # Modules before an encoder's classifier that its checkpoint lacks, and classifiers must bring.
+    lacking: frozenset[str] = frozenset()
 
     @staticmethod
     def of(spec: BaseSpec, *, max_rank: int = MAX_RANK) -> EngineCapabilities:
@@ -55,7 +59,7 @@ class EngineCapabilities:
         )
 
     @staticmethod
-    def of_model(model: BaseModel, *, max_rank: int = MAX_RANK) -> EngineCapabilities:
+    def of_model(model: Trunk, *, max_rank: int = MAX_RANK) -> EngineCapabilities:
         """Return the capabilities of an engine with this model."""
         of_base = EngineCapabilities.of(model.spec, max_rank=max_rank)
         linears = (name for group in model.groups.values() for name in group.module_names)
@@ -67,6 +71,8 @@ class EngineCapabilities:
             stacked=model.stacked,
             routable=model.routable,
             layout=None if model.shard is None else model.shard.layout,
+            is_encoder=isinstance(model, TextEncoder),
+            lacking=model.lacking if isinstance(model, TextEncoder) else frozenset(),
         )
 
     def check(self, plan: AdapterPlan) -> None:
@@ -121,8 +127,22 @@ class EngineCapabilities:
                 yield f"{name}: no norm of this base"
         if plan.head is not None and plan.head.task not in _HEAD_TASKS:
             yield f"head: task {plan.head.task!r}"
+        if self.is_encoder:
+            yield from self._encoder_problems(plan)
         if self.layout is not None:
             yield from uncut_parts(plan, self.layout)
+
+    def _encoder_problems(self, plan: AdapterPlan) -> Iterator[str]:
+        if plan.prefix is not None:
+            yield "virtual tokens: this base is an encoder, whose texts take none"
+        if plan.invocation is not None:
+            yield "alora_invocation_tokens: this base is an encoder, which reads a text at once"
+        if plan.head is not None and plan.head.task is HeadTask.SEQ_CLS:
+            for name in sorted(self.lacking - plan.replaced_weights.keys() - plan.norms.keys()):
+                yield (
+                    f"head: the base's checkpoint lacks {name}, which classifiers read; name it in "
+                    "modules_to_save when training"
+                )
 
     def _expert_problems(self, site: str, plan: ExpertPlan, whole: AdapterPlan) -> Iterator[str]:
         if site not in self.routable:

@@ -24,7 +24,7 @@ from loraplex_server.engine.errors import (
     NoAdapterSlot,
 )
 from loraplex_server.engine.memory.memory_plan import PoolLimits
-from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.trunk import Trunk
 
 from .adapter_loader import AdapterLoader, OtherPools
 from .adapter_memory import AdapterMemory, new_pool
@@ -49,7 +49,7 @@ class DevicePool:
 
     def __init__(
         self,
-        model: BaseModel,
+        model: Trunk,
         limits: PoolLimits,
         *,
         on_loaded: Callable[[], object],

@@ -62,7 +62,7 @@ class KvCache:
         prefix_cache: bool,
         shard: Shard | None = None,  # of rank 0 in a tensor-parallel group
     ) -> None:
-        self._shard = shard
+        self._shard, self._dtype = shard, dtype
         self.geometry = geometry
         self.page_size = page_size
         self.prefix_cache = prefix_cache
@@ -97,7 +97,7 @@ class KvCache:
     @property
     def token_bytes(self) -> int:
         """The bytes of a token, keys and values of all layers."""
-        return self.geometry.page_bytes(1, self.keys[0].dtype)
+        return self.geometry.page_bytes(1, self._dtype)
 
     def pages_for(self, n_tokens: int) -> int:
         return -(-n_tokens // self.page_size)

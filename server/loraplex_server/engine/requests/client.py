@@ -42,6 +42,7 @@ class GenerationRequest:
     grammar: CompiledGrammar | None = None  # the answer follows it and ends with it
     share: TenantShare = TenantShare()
     pooling: Pooling | None = None  # the request ends after its prompt, with vectors
+    second_text_at: int | None = None  # token at which the second text of an encoder's pair begins
 
     @property
     def reads_all_rows(self) -> bool:

@@ -97,6 +97,7 @@ class Scheduler:
         *,
         max_batch_size: int,
         max_step_tokens: int,
+        whole_prompts: bool = False,  # see ``StepBudget``
     ) -> None:
         self.running: list[Request] = []  # by admission, oldest first
         self.waiting = WaitQueue(max_bypass=MAX_BYPASS)
@@ -105,6 +106,7 @@ class Scheduler:
         self._adapters = adapters
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
+        self._whole_prompts = whole_prompts
         self.n_fairness_preemptions = 0  # preemptions in favour of another tenant
         self._cost = cost
         self._n_steps = 0
@@ -130,7 +132,9 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Return the next step: its chunks, new admissions and requests that can never run."""
         self._n_steps += 1
-        step = _Step(StepBudget(self.max_step_tokens, self._cost))
+        step = _Step(
+            StepBudget(self.max_step_tokens, self._cost, whole_prompts=self._whole_prompts)
+        )
         if self.waiting.is_shared:
             self._divide(step.budget)
         if self.running and self.waiting.is_shared and len(self.waiting):

@@ -49,8 +49,10 @@ class _Share:
 class StepBudget:
     """The rest of a step that is being composed."""
 
-    def __init__(self, n_tokens: int, cost: StepCost) -> None:
+    def __init__(self, n_tokens: int, cost: StepCost, *, whole_prompts: bool = False) -> None:
+        """``whole_prompts``: no prompt is divided; one that is longer gets a step of its own."""
         self.n_left = n_tokens
+        self._whole_prompts, self._is_empty = whole_prompts, True
         self._n_tokens = n_tokens
         self._cost = cost
         self._shares: dict[TenantQueue, _Share] = {}  # empty: seconds do not matter
@@ -103,12 +105,16 @@ class StepBudget:
         Unless the tenant has debts, some tokens of its first row and of its first prompt fit.
         """
         start = request.n_computed
-        n_tokens = min(request.n_together(start), self.n_left)
+        n_wanted = request.n_together(start)
+        n_tokens = min(n_wanted, self.n_left)
+        if self._whole_prompts and n_tokens < n_wanted:
+            n_tokens = n_wanted if self._is_empty else 0
         share = self._shares.get(tenant)
-        if share is not None:
+        if share is not None and n_tokens:
             n_tokens = self._fitting(share, start, n_tokens)
             share.left_s -= self._cost.chunk_s(start, n_tokens)
-        self.n_left -= n_tokens
+        self._is_empty = self._is_empty and n_tokens == 0
+        self.n_left = max(0, self.n_left - n_tokens)
         return n_tokens
 
     def give_back(self, tenant: TenantQueue, start: int, n_tokens: int) -> None:
@@ -125,7 +131,7 @@ class StepBudget:
         if not is_row:
             share.kept_s = 0.0
         n_fitting = self._cost.n_fitting(start, n_tokens, share.left_s - share.kept_s)
-        n_least = min(_MIN_CHUNK, n_tokens)
+        n_least = n_tokens if self._whole_prompts else min(_MIN_CHUNK, n_tokens)
         if n_fitting < n_least:
             n_fitting = n_least if share.may_exceed and is_row not in share.begun else 0
         share.begun.add(is_row)

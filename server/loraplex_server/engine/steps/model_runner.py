@@ -18,7 +18,6 @@ from loraplex_server.engine.memory.device import release_cached_memory, use_devi
 from loraplex_server.engine.memory.kv_cache import KvCache
 from loraplex_server.engine.requests.client import LostAtStart
 from loraplex_server.engine.requests.events import TokenLogprobs
-from loraplex_server.engine.requests.request import Request
 from loraplex_server.engine.sampling.sampler import Sampled, SampledRows
 from loraplex_server.engine.scheduling.scheduler import ScheduledChunk
 from loraplex_server.model.base_model import BaseModel
@@ -30,27 +29,9 @@ from .output_head import OutputHead
 from .step_graphs import StepGraphs
 from .step_mode import StepMode
 from .step_parts import StepPart, parts_of
+from .step_runner import StartedStep, StepResult, StepRunner
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """The results of a step, by request id."""
-
-    sampled: dict[str, Sampled]
-    prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]  # of the chunk's tokens after the first
-    pooled: dict[str, Tensor]  # hidden states float32 [n, hidden_size], see ``PooledRows.add``
-
-
-@dataclass(frozen=True, slots=True)
-class StartedStep:
-    """A launched step, which the device may still be computing."""
-
-    generating: tuple[Request, ...]  # the requests that get a token
-    tokens: SampledRows | tuple[Sampled, ...]  # in the same order; known already on a CPU
-    prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]
-    pooled: dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +43,7 @@ class _Forwarded:
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]
 
 
-class ModelRunner:
+class ModelRunner(StepRunner):
     """Owner of the step buffers and of the model. Engine thread only."""
 
     def __init__(

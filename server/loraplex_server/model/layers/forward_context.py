@@ -91,6 +91,8 @@ class ForwardContext:
     page_table: Tensor = field(default_factory=lambda: _no_int32().view(0, 0))  # [n, max_pages]
     query_starts: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))  # [n+1]
     kv_lens: Tensor = field(default_factory=_no_int32)  # [n_requests], this step included
+    # int64 [n, length] each: the rows of an encoder's texts, grouped by length
+    texts: tuple[Tensor, ...] = ()
     planned_attention: PlannedAttention | None = None  # of FlashInfer, for this step
     batch_invariant: bool = False  # the same bits in every batch, on a GPU
     segments: LoraSegments | None = None  # None = no row has low-rank factors

@@ -1,7 +1,7 @@
 """The spec of a served base, whose weights are unpacked on demand."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.model.layers.packed_lora_linear import PackedLoraLinear
-from loraplex_server.model.tracing.model_trace import ModelTrace
+from loraplex_server.model.tracing.call_recorder import AttentionSpec
 
 
 class PackedSlice(NamedTuple):
@@ -37,14 +37,19 @@ class PackedSlice(NamedTuple):
 
 
 def served_spec(
-    spec: BaseSpec, trace: ModelTrace, model: nn.Module, packed: Mapping[str, PackedSlice]
+    spec: BaseSpec,
+    model: nn.Module,
+    packed: Mapping[str, PackedSlice],
+    *,
+    linears: Collection[str],
+    attention: AttentionSpec | None = None,
 ) -> BaseSpec:
-    """Return ``spec`` with the heads and linears that the trace has seen.
+    """Return ``spec`` with these ``linears`` and the heads of ``attention``; None: its own.
 
     Holds none of the model's tensors. They are read on demand from ``packed``, which is filled
     later, and from the rest of the model.
     """
-    modules = {name: shape for name, shape in spec.modules.items() if name in trace.linears}
+    modules = {name: shape for name, shape in spec.modules.items() if name in linears}
     conv1d = spec.conv1d
 
     def held(name: str) -> Tensor:
@@ -79,13 +84,16 @@ def served_spec(
         full = packed[module].weight()
         return full.t().contiguous() if module in conv1d else full
 
-    first = next(iter(trace.attention.values()))
+    if attention is not None:
+        spec = dataclasses.replace(
+            spec,
+            n_heads=attention.n_heads,
+            n_kv_heads=attention.n_kv_heads,
+            head_dim=attention.head_dim,
+        )
     return dataclasses.replace(
         spec,
         modules=MappingProxyType(modules),
-        n_heads=first.n_heads,
-        n_kv_heads=first.n_kv_heads,
-        head_dim=first.head_dim,
         weight=weight,
         stored=stored,
         bias=bias,

@@ -126,6 +126,13 @@ class TextCall(Generic[B]):
         refuse_unsupported(body.model_extra or {}, OF_TEXT)
         state.unknown_fields.warn(body.model_extra or ())
         state.lifecycle.check_admitting()
+        if not state.model.writes_text:
+            raise invalid(
+                f"{state.resolver.base_name} is a text encoder and writes no text; ask "
+                "/v1/embeddings, /classify, /score, /rerank or /pooling",
+                "model",
+                "base_is_encoder",
+            )
         encoder = state.model.encoder
         if encoder is not None and body.model == encoder.name:
             raise invalid(

@@ -24,6 +24,7 @@ from loraplex_server.engine.requests.pooling import Pooling
 from loraplex_server.engine.requests.sampling_params import SamplingParams
 from loraplex_server.errors import invalid
 from loraplex_server.metrics.server_metrics import CallMetrics
+from loraplex_server.text.text_pipeline import EncodedText
 
 from .vector_batch import VectorBatch
 
@@ -54,6 +55,12 @@ class VectorSource(ABC):
     ) -> list[Ids]: ...
 
     @abstractmethod
+    async def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, param: str, cut: Cut
+    ) -> list[EncodedText]:
+        """Return each pair as one prompt."""
+
+    @abstractmethod
     async def encode_chat(self, chat: ChatPrompt) -> Ids: ...
 
     @abstractmethod
@@ -61,8 +68,16 @@ class VectorSource(ABC):
         """Raises ApiError (400) for an id outside the vocabulary."""
 
     @abstractmethod
-    async def read(self, prompts: Sequence[Ids], pooling: Pooling) -> list[Tensor]:
-        """Return float32 [width], or [n_tokens, width], for each prompt. Raises ApiError."""
+    async def read(
+        self,
+        prompts: Sequence[Ids],
+        pooling: Pooling,
+        second_texts_at: Sequence[int | None] = (),
+    ) -> list[Tensor]:
+        """Return float32 [width], or [n_tokens, width], for each prompt. Raises ApiError.
+
+        ``second_texts_at``: of each prompt, if they are pairs; see ``EncodedText``.
+        """
 
     @abstractmethod
     def close(self) -> None: ...
@@ -131,7 +146,7 @@ class AdapterVectors(VectorSource):
         self.adapter = resolved.to_json()
         self.label = f"adapter {resolved.label!r}" if resolved.lease else "the base model"
         self.adapter_param = requested.param
-        self.head = resolved.head
+        self.head = resolved.head or state.model.head
         self.pooling = (None if plan is None else plan.pooling) or state.model.embedding_pooling
         self.max_tokens = state.engine.max_model_len - (0 if prefix is None else prefix.n_virtual)
         self.width = state.store.base.hidden_size
@@ -143,10 +158,35 @@ class AdapterVectors(VectorSource):
     async def encode(
         self, texts: Sequence[str], *, param: str, special: bool, cut: Cut
     ) -> list[Ids]:
+        if not self._state.model.writes_text and special:
+            whole = await self._encode_whole(texts, param, cut)
+            return cut.apply([text.ids for text in whole], self, param)
         encoded = await self._state.text.encode_many(
             texts, add_special_tokens=special, param=param, tenant=self._info.tenant
         )
         return cut.apply(encoded, self, param)
+
+    async def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, param: str, cut: Cut
+    ) -> list[EncodedText]:
+        if not self._state.model.writes_text:
+            whole = await self._encode_whole(pairs, param, cut)
+            cut.apply([pair.ids for pair in whole], self, param)  # refuses what is too long
+            return whole
+        encoded = await self._state.text.encode_many(pairs, param=param, tenant=self._info.tenant)
+        return [EncodedText(ids) for ids in cut.apply(encoded, self, param)]
+
+    async def _encode_whole(
+        self, texts: Sequence[str] | Sequence[tuple[str, str]], param: str, cut: Cut
+    ) -> list[EncodedText]:
+        """Encode texts of an encoder. Truncation keeps the special tokens at their ends."""
+        return await self._state.text.encode_whole(
+            texts,
+            max_tokens=cut.limit(self),
+            cut_left=cut.left,
+            param=param,
+            tenant=self._info.tenant,
+        )
 
     async def encode_chat(self, chat: ChatPrompt) -> Ids:
         return await AdapterChat(chat, self._state.text, self._resolved, self._info.tenant).ids()
@@ -154,7 +194,12 @@ class AdapterVectors(VectorSource):
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         self._state.text.check_ids(ids, param)
 
-    async def read(self, prompts: Sequence[Ids], pooling: Pooling) -> list[Tensor]:
+    async def read(
+        self,
+        prompts: Sequence[Ids],
+        pooling: Pooling,
+        second_texts_at: Sequence[int | None] = (),
+    ) -> list[Tensor]:
         assert self._batch is None
         requests = [
             GenerationRequest(
@@ -165,6 +210,7 @@ class AdapterVectors(VectorSource):
                 cache_salt=self._salt,
                 share=self._info.share,
                 pooling=pooling,
+                second_text_at=second_texts_at[index] if second_texts_at else None,
             )
             for index, ids in enumerate(prompts)
         ]
@@ -229,13 +275,23 @@ class EncoderVectors(VectorSource):
 
         return cut.apply(await self._in_pieces(texts, tokenize, _PIECE_CHARS), self, param)
 
+    async def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, param: str, cut: Cut
+    ) -> list[EncodedText]:
+        raise invalid(f"{self.model} reads one text at a time", param)
+
     async def encode_chat(self, chat: ChatPrompt) -> Ids:
         raise invalid(f"{self.model} takes texts, not messages", "messages")
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         raise invalid(f"{self.model} takes texts, not token ids", param)
 
-    async def read(self, prompts: Sequence[Ids], pooling: Pooling) -> list[Tensor]:
+    async def read(
+        self,
+        prompts: Sequence[Ids],
+        pooling: Pooling,
+        second_texts_at: Sequence[int | None] = (),
+    ) -> list[Tensor]:
         if pooling.mode is not PoolingMode.MEAN:
             raise invalid(f"{self.model} makes one vector for a text, not for each token", "task")
         n_prompt = sum(map(len, prompts))

@@ -1,0 +1,1 @@
+"""Text encoders: a trunk beside the decoder, whose rows see all tokens of their text."""

@@ -37,6 +37,7 @@ _SHAPE = LoraShape(rank=8, alpha=16.0)  # of a start from nothing
 _LR, _WARM_UP = 1e-3, 4
 _BATCH = 8  # pairs of a step
 _MOST_HELD_OUT = 8
+_MORE_JUDGED = 4  # pairs that choose the start, beside those
 _STEPS_AT_LEAST = 2  # that a budget must have time for
 _UNSEEN_SHARE = 0.6  # of the time after which the held-out pairs may be learnt, too
 _LEARNT = 0.01  # nats a token: nothing is left to learn
@@ -109,7 +110,7 @@ class Pairs:
     @property
     def judged(self) -> list[Datum]:
         """The pairs that the starts are scored on: first the held-out ones, then some others."""
-        return [self.rows[i] for i in (*self.held_out, *self.seen[: 2 * _MOST_HELD_OUT])]
+        return [self.rows[i] for i in (*self.held_out, *self.seen[:_MORE_JUDGED])]
 
     def n_tokens(self, n_starts: int) -> int:
         """Return the tokens of the shortest useful run, as costly as forward and backward."""

@@ -74,6 +74,18 @@ def test_a_training_is_cancelled(page: Page, training: ServerProcess, data: Path
     expect(region.get_by_role("heading", name="cancelled")).to_be_visible()
 
 
+def test_a_training_without_time_for_all_steps_says_so(
+    page: Page, tmp_path: Path, data: Path
+) -> None:
+    flags = ("--allow-training", "--max-learning-time", "5")
+    with server_process(save_tiny_model(tmp_path / "tiny"), tmp_path / "state", *flags) as server:
+        _train(page, server, data, "late", 10_000)
+        region = page.get_by_role("region", name="Training", exact=True)
+        expect(region.get_by_role("heading", name="late: succeeded")).to_be_visible()
+        expect(region.get_by_text("The time was over after")).to_contain_text("of 10000 steps")
+        page.goto("about:blank")
+
+
 def test_what_the_server_refuses_is_told(page: Page, training: ServerProcess, data: Path) -> None:
     data.write_text('{"prompt": "x", "answer": "y"}\n{"prompt": "x"}\n')
     page.goto("about:blank")

@@ -3730,17 +3730,24 @@ export interface components {
         };
         /**
          * TrainAdapterBody
-         * @description Trains LoRA on every linear layer. A tenth of the examples is held out for validation.
+         * @description Trains an adapter on every linear. A tenth of the examples is held out for validation.
          */
         TrainAdapterBody: {
             /** Alpha */
             alpha?: number | null;
+            blocks?: components["schemas"]["TrainingBlocks"] | null;
             /** Budget S */
             budget_s?: number | null;
             /** Description */
             description?: string | null;
             /** Examples */
             examples: (components["schemas"]["TrainingChat"] | components["schemas"]["ExamplePair"])[];
+            experts?: components["schemas"]["TrainingExperts"] | null;
+            /**
+             * Family
+             * @default lora
+             */
+            family: string;
             /**
              * Lr
              * @default 0.001
@@ -3748,11 +3755,8 @@ export interface components {
             lr: number;
             /** Name */
             name: string;
-            /**
-             * Rank
-             * @default 8
-             */
-            rank: number;
+            /** Rank */
+            rank?: number | null;
             /**
              * Recipe
              * @default lora
@@ -3775,6 +3779,22 @@ export interface components {
             steps: number;
         };
         /**
+         * TrainingBlocks
+         * @description The blocks of family ``block-lora``.
+         */
+        TrainingBlocks: {
+            /**
+             * Axis
+             * @default rank
+             */
+            axis: string;
+            /**
+             * N Blocks
+             * @default 4
+             */
+            n_blocks: number;
+        };
+        /**
          * TrainingChat
          * @description A line of `loraplex train`'s data. The assistant's messages are learnt.
          */
@@ -3789,6 +3809,29 @@ export interface components {
                 [key: string]: components["schemas"]["JsonValue"];
             }[];
         };
+        /**
+         * TrainingExperts
+         * @description The experts of family ``mixlora``, and the loss that balances them.
+         */
+        TrainingExperts: {
+            /**
+             * Balance
+             * @default pooled
+             */
+            balance: string;
+            /** Balance Coefficient */
+            balance_coefficient?: number | null;
+            /**
+             * N Experts
+             * @default 8
+             */
+            n_experts: number;
+            /**
+             * Top K
+             * @default 2
+             */
+            top_k: number;
+        };
         /** TrainingMessage */
         TrainingMessage: {
             /** Content */
@@ -3802,10 +3845,21 @@ export interface components {
         /**
          * TuningBody
          * @description ``hyperparameters`` is OpenAI's older place for those of the method supervised.
+         *
+         *     The fields of ``TrainingShape`` and ``adapter`` are ours.
          */
         TuningBody: {
             /** Adapter */
             adapter?: string | null;
+            /** Alpha */
+            alpha?: number | null;
+            blocks?: components["schemas"]["TrainingBlocks"] | null;
+            experts?: components["schemas"]["TrainingExperts"] | null;
+            /**
+             * Family
+             * @default lora
+             */
+            family: string;
             hyperparameters?: components["schemas"]["Hyperparameters"] | null;
             /** Integrations */
             integrations?: components["schemas"]["JsonValue"][] | null;
@@ -3816,6 +3870,13 @@ export interface components {
             method?: components["schemas"]["TuningMethod"] | null;
             /** Model */
             model: string;
+            /** Rank */
+            rank?: number | null;
+            /**
+             * Recipe
+             * @default lora
+             */
+            recipe: string;
             /** Seed */
             seed?: number | null;
             /** Suffix */

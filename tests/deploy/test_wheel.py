@@ -33,3 +33,19 @@ def test_the_native_library_uses_no_symbol_of_python() -> None:
         pytest.skip("the native library is not built")
     for library in libraries:
         assert not re.findall(rb"\0_?Py[A-Z_]\w+\0", library.read_bytes())
+
+
+# What AlmaLinux 8 has, on which manylinux_2_28 is built.
+NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
+
+
+def test_the_native_library_runs_on_every_linux_since_2018() -> None:
+    libraries = list((ROOT / "kernels/loraplex_kernels/cpu").glob("_native*.so"))
+    if not libraries or sys.platform != "linux":
+        pytest.skip("the native library is not built")
+    for library in libraries:
+        found = re.findall(rb"\0(GLIBC|GLIBCXX|CXXABI)_([\d.]+)(?=\0)", library.read_bytes())
+        assert found
+        for name, version in found:
+            needed = tuple(map(int, version.decode().split(".")))
+            assert needed <= NEWEST[name.decode()], (name, version)

@@ -7,7 +7,7 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import openai
@@ -130,21 +130,30 @@ def _ask(client: OpenAI, model: str, text: str) -> str:
     return str(answer.choices[0].message.content)
 
 
+class _Scores(NamedTuple):
+    loss: float  # of the answers and their ends, in nats a token
+    exact: float  # share of the answers that greedy decoding gives whole
+    token_accuracy: float
+
+
 @torch.no_grad()
-def _loss(model: Any, folder: Path, lines: list[Any]) -> float:
-    """Of the answers and their ends, by transformers, in nats a token."""
+def _scores(model: Any, folder: Path, lines: list[Any]) -> _Scores:
+    """Score the answers by transformers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    total, n = 0.0, 0
+    total, n, n_exact, n_right = 0.0, 0, 0, 0
     for line in lines:
         prompt, answer = (message["content"] for message in line["messages"])
         text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
         head = tokenizer(text, return_tensors="pt").input_ids
         tail = tokenizer(f"{answer}<|im_end|>", return_tensors="pt").input_ids
         labels = torch.cat([torch.full_like(head, -100), tail], 1)
-        loss = model(input_ids=torch.cat([head, tail], 1), labels=labels).loss
-        total += float(loss) * tail.shape[1]
+        output = model(input_ids=torch.cat([head, tail], 1), labels=labels)
+        right = output.logits[0, head.shape[1] - 1 : -1].argmax(-1) == tail[0]
+        total += float(output.loss) * tail.shape[1]
         n += tail.shape[1]
-    return total / n
+        n_exact += bool(right.all())
+        n_right += int(right.sum())
+    return _Scores(total / n, n_exact / len(lines), n_right / n)
 
 
 def _greedy(model: Any, folder: Path, prompt: str) -> str:
@@ -217,12 +226,17 @@ def test_a_supervised_job_makes_a_model_that_answers_and_that_peft_agrees_on(
     judged = training["evaluation"]
     assert judged["on"] == "validation file"
     base = AutoModelForCausalLM.from_pretrained(folder / "tiny")
-    before = _loss(base, folder / "tiny", SUPERVISED[12:])
+    before = _scores(base, folder / "tiny", SUPERVISED[12:])
     trained = _peft(folder, cards[0]["digest"])
-    after = _loss(trained, folder / "tiny", SUPERVISED[12:])
-    assert judged["loss_before"] == pytest.approx(before, rel=1e-3)
-    assert judged["loss_after"] == pytest.approx(after, rel=1e-3)
-    assert after < 0.8 * before
+    after = _scores(trained, folder / "tiny", SUPERVISED[12:])
+    assert judged["loss_before"] == pytest.approx(before.loss, rel=1e-3)
+    assert judged["loss_after"] == pytest.approx(after.loss, rel=1e-3)
+    assert after.loss < 0.8 * before.loss
+    assert (judged["exact_before"], judged["exact_after"]) == (before.exact, after.exact)
+    assert steps[-1]["valid_exact"] == after.exact
+    accuracy = float(rows[-1]["valid_mean_token_accuracy"])
+    assert accuracy == pytest.approx(after.token_accuracy, abs=1e-4)
+    assert after.token_accuracy >= before.token_accuracy
 
     answer = _greedy(trained, folder / "tiny", "word 99")
     assert [_ask(client, name, "word 99") for name in (job.fine_tuned_model, "ab")] == [answer] * 2

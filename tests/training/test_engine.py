@@ -1,6 +1,7 @@
 """The training engine: gradients are those of PEFT, whatever trains beside an adapter."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import peft
 import pytest
@@ -224,6 +225,23 @@ def test_gradient_checkpointing_changes_no_bit_and_keeps_less(family: str) -> No
         gradients.append([p.grad for a in (first, second) for p in a.parameters.values()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert kept[1] < 0.5 * kept[0]
+
+
+def test_right_answers_and_tokens_are_those_that_the_model_itself_would_give() -> None:
+    model = tiny_model()
+    engine = _engine(model)
+    data = []
+    for seed, wrong in ((1, 0), (2, 2)):
+        datum = _datum(seed, 20)
+        with torch.no_grad():
+            targets = model(input_ids=datum.tokens[None]).logits[0].argmax(-1)
+        at = datum.weights.nonzero().squeeze(1)[:wrong]
+        targets[at] = (targets[at] + 1) % 60
+        data.append(replace(datum, targets=targets))
+    work = Work(LearningAdapter(LoraShape(), {}), data)
+    (outcome,) = engine.forward_backward([work], backward=False)
+    assert outcome.right == [True, False]
+    assert outcome.n_right == sum(datum.n_answers for datum in data) - 2
 
 
 def test_many_batches_add_up() -> None:

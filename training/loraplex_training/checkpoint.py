@@ -30,6 +30,7 @@ class Progress:
     best_loss: float | None = None  # of the validation
     n_worse: int = 0  # validations since the best loss
     base_loss: float | None = None  # of the validation before the first step
+    base_exact: float | None = None  # share of its answers that greedy decoding gives whole
 
     def stepped(self, loss: float, n_tokens: int) -> None:
         """Count a step. ``loss``: that of its data, before it."""

@@ -36,6 +36,7 @@ class Outcome:
     """Log-probabilities of each datum's targets, float32 [n] on the CPU; 0 without a loss."""
     right: list[bool] = field(default_factory=list)
     """For each datum, whether greedy decoding gives its targets where there is a loss."""
+    n_right: int = 0  # targets with a loss that greedy decoding gives
 
 
 class TrainingEngine:
@@ -101,7 +102,9 @@ class TrainingEngine:
                 outcomes[i].loss += float(loss.detach())
                 outcomes[i].n_tokens += len(datum)
                 outcomes[i].logprobs.append(full.detach())
-                outcomes[i].right.append(bool(next(right).all()))
+                greedy = next(right)
+                outcomes[i].right.append(bool(greedy.all()))
+                outcomes[i].n_right += int(greedy.sum())
         if backward:
             losses += self._router_penalties(works, pieces, batch)
         if base is not None:

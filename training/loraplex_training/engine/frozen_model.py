@@ -110,6 +110,8 @@ class FrozenModel:
         self._decoder: nn.Module = self._model.base_model
         self._fill(weights)
         self._set_attention()
+        layers = (m for m in self._model.modules() if isinstance(m, GradientCheckpointingLayer))
+        self.n_layers = len(list(layers))
         self.mlps = self._routable()
         """The MLPs that may have routed experts, by name."""
         acts = ("hidden_act", "hidden_activation", "activation_function")

@@ -76,10 +76,10 @@ class MixLora(LearningAdapter):
         self._experts = {
             name: _experts(start, name, own, i) for i, name in enumerate(start.engine.model.mlps)
         }
-        if not self._experts:
+        if len(self._experts) != start.engine.model.n_layers:
             raise TrainingError(
-                "MixLoRA needs a base whose MLPs have gate_proj, up_proj and down_proj; this base "
-                "has others"
+                "MixLoRA needs a base whose MLPs all have gate_proj, up_proj and down_proj; this "
+                "base has others"
             )
         self.parameters = dict(self._stacked())
 

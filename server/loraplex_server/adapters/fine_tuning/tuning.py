@@ -59,11 +59,26 @@ class Evaluation(NamedTuple):
     accuracy: float | None  # with dpo, the share of pairs whose preferred answer gained more
 
 
+class Validation(NamedTuple):
+    """Scores on the held-out samples. Shares are None with dpo."""
+
+    loss: float
+    exact: float | None  # share of the answers that greedy decoding gives whole
+    token_accuracy: float | None  # share of their tokens, each after the right ones
+
+
+@dataclass(slots=True)
+class _Scored:
+    sums: list[tuple[float, ...]]  # the summed log-probabilities of each sample's answers
+    n_exact: int = 0  # answers that greedy decoding gives whole
+    n_right: int = 0  # their tokens
+
+
 class StepReport(NamedTuple):
     step: int  # steps done
     train: Evaluation  # of the step's batch, before the step
     ends_epoch: bool
-    valid: float | None = None  # the loss of an evaluation after the step
+    valid: Validation | None = None  # an evaluation after the step
 
 
 def shown_progress(
@@ -104,7 +119,7 @@ class TuningRun:
         """Without held-out samples, evaluations are on the first training samples."""
         self.plan, self.tenant, self.progress = plan, tenant, Progress()
         self.adapter: LearningAdapter  # set by ``begin``
-        self.valid: float | None = None  # the loss of the last evaluation
+        self.valid: Validation | None = None  # the last evaluation
         self.stopped_by: Literal["steps", "time"] | None = None  # None: before the end
         self._thread, self._data, self._samples = thread, data, data.samples
         self._judged = first(data.held_out or data.samples, _JUDGED_TOKENS)
@@ -134,7 +149,7 @@ class TuningRun:
             self.progress,
             self.plan.n_steps,
             len(self._samples),
-            valid=self.valid,
+            valid=None if self.valid is None else self.valid.loss,
             stopped_by=self.stopped_by,
         )
 
@@ -171,9 +186,12 @@ class TuningRun:
             return
         base = LearningAdapter(lora_shape(plan.shape), {})
         if plan.method == "dpo":
-            self._references = _margins(await self._sums(self._samples, base, check))
-            self._judged_references = _margins(await self._sums(self._judged, base, check))
-        self.progress.base_loss = await self._judge(base, check)
+            for_all = await self._scored(self._samples, base, check)
+            judged = await self._scored(self._judged, base, check)
+            self._references = _margins(for_all.sums)
+            self._judged_references = _margins(judged.sums)
+        before = await self._judge(base, check)
+        self.progress.base_loss, self.progress.base_exact = before.loss, before.exact
 
     def _load(self, saved: Path) -> None:
         self.progress, state = checkpoint.load(saved, self._fingerprint)
@@ -210,7 +228,9 @@ class TuningRun:
         samples = [self._samples[i] for i in at.samples]
         if self.plan.method == "dpo":
             train, data = self._preferences(
-                samples, await self._sums(samples, self.adapter), self._references[at.samples]
+                samples,
+                (await self._scored(samples, self.adapter)).sums,
+                self._references[at.samples],
             )
         else:
             n = sum(float(datum.weights.sum()) for (datum,) in samples)
@@ -226,10 +246,10 @@ class TuningRun:
         self._step_s, progress.seconds = now - began, self._before_s + now - self._began
         return StepReport(progress.step, report, at.ends_epoch)
 
-    async def evaluate(self) -> float:
-        """Return the loss on the held-out samples, or on the first training samples."""
+    async def evaluate(self) -> Validation:
+        """Return the scores on the held-out samples, or on the first training samples."""
         self.valid = valid = await self._judge(self.adapter)
-        if self.progress.validated(valid) and self.plan.keeps_best:
+        if self.progress.validated(valid.loss) and self.plan.keeps_best:
             await self._on_thread(self._keep_weights)
         return valid
 
@@ -238,14 +258,21 @@ class TuningRun:
 
     async def _judge(
         self, adapter: LearningAdapter, check: Callable[[], None] = lambda: None
-    ) -> float:
+    ) -> Validation:
         began = time.monotonic()
-        sums = await self._sums(self._judged, adapter, check)
+        scored = await self._scored(self._judged, adapter, check)
         self._judging_s = time.monotonic() - began
         if self.plan.method == "dpo":
-            return self._preferences(self._judged, sums, self._judged_references)[0].loss
+            references = self._judged_references
+            loss = self._preferences(self._judged, scored.sums, references)[0].loss
+            return Validation(loss, None, None)
         n = sum(float(datum.weights.sum()) for (datum,) in self._judged)
-        return -sum(total for (total,) in sums) / n
+        n_tokens = sum(datum.n_answers for (datum,) in self._judged)
+        return Validation(
+            -sum(total for (total,) in scored.sums) / n,
+            scored.n_exact / len(self._judged),
+            scored.n_right / n_tokens,
+        )
 
     async def save(self, path: Path) -> int:
         """Write a checkpoint to ``path``, atomically, and return its bytes."""
@@ -274,22 +301,23 @@ class TuningRun:
     async def _on_thread(self, call: Callable[[], object]) -> None:
         await self._thread.run(self.tenant, lambda engine: call(), self.adapter)
 
-    async def _sums(
+    async def _scored(
         self,
         samples: Sequence[Sample],
         adapter: LearningAdapter,
         check: Callable[[], None] = lambda: None,
-    ) -> list[tuple[float, ...]]:
-        """Return the summed log-probabilities of each sample's answers."""
-        sums: list[tuple[float, ...]] = []
+    ) -> _Scored:
+        scored = _Scored([])
         for first_one in range(0, len(samples), _SCORED_AT_ONCE):
             check()
             part = samples[first_one : first_one + _SCORED_AT_ONCE]
             work = Work(adapter, [datum for sample in part for datum in sample])
             outcome = await self._thread.forward_backward(self.tenant, work, backward=False)
             totals = (float(logprobs.sum()) for logprobs in outcome.logprobs)
-            sums += [tuple(next(totals) for _ in sample) for sample in part]
-        return sums
+            scored.sums += [tuple(next(totals) for _ in sample) for sample in part]
+            scored.n_exact += sum(outcome.right)
+            scored.n_right += outcome.n_right
+        return scored
 
     def _preferences(
         self, samples: Sequence[Sample], sums: Sequence[tuple[float, ...]], references: Tensor

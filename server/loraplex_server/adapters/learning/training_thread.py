@@ -107,6 +107,7 @@ class TrainingThread:
             outcome.n_tokens += part.n_tokens
             outcome.logprobs += part.logprobs
             outcome.right += part.right
+            outcome.n_right += part.n_right
         return outcome
 
     async def step(self, tenant: str, adapter: LearningAdapter, adam: Adam) -> float:

@@ -33,7 +33,7 @@ from loraplex_server.adapters.fine_tuning.samples import (
     sample_of,
 )
 from loraplex_server.adapters.fine_tuning.training_lines import parse_line
-from loraplex_server.adapters.fine_tuning.tuning import TuningPlan, TuningRun
+from loraplex_server.adapters.fine_tuning.tuning import TuningPlan, TuningRun, Validation
 from loraplex_server.adapters.learning.jobs import Job, JobCancelled, Jobs, take_turn
 from loraplex_server.adapters.learning.training_thread import TrainingThread
 from loraplex_server.api.request_info import BatchCaller
@@ -346,7 +346,7 @@ class FineTuning:
             if is_checkpoint and data.held_out and valid is None:
                 valid = await run.evaluate()
             if data.held_out and valid is not None:
-                metrics["valid_loss"] = metrics["full_valid_loss"] = round(valid, 6)
+                metrics |= _of_validation(valid)
             await self._tell(job, shown, run, metrics)
             if report.step == plan.n_steps:
                 continue
@@ -434,7 +434,9 @@ class FineTuning:
             "evaluation": {
                 "on": "validation file" if data.held_out else "first training examples",
                 "loss_before": before,
-                "loss_after": None if after is None else round(after, 6),
+                "loss_after": None if after is None else round(after.loss, 6),
+                "exact_before": progress.base_exact,
+                "exact_after": None if after is None else after.exact,
             },
         }
         names = [access.own(job.fine_tuned_model), *([job.adapter] if job.adapter else [])]
@@ -483,3 +485,15 @@ class FineTuning:
                 return from_store(error, param="adapter", access=access)
         _log.error("%s failed", job.id, exc_info=error, extra=log_extra(error))
         return from_unexpected(error, job.id)
+
+
+def _of_validation(valid: Validation) -> dict[str, object]:
+    """Return the metrics of a step as OpenAI names them, and the share of exact answers."""
+    metrics: dict[str, object] = {}
+    for prefix in ("valid", "full_valid"):
+        metrics[f"{prefix}_loss"] = round(valid.loss, 6)
+        if valid.token_accuracy is not None:
+            metrics[f"{prefix}_mean_token_accuracy"] = round(valid.token_accuracy, 4)
+    if valid.exact is not None:
+        metrics["valid_exact"] = round(valid.exact, 4)
+    return metrics

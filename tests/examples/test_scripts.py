@@ -127,6 +127,19 @@ def test_tenants_rag(server: ServerProcess, pulled_encoder: Path, tmp_path: Path
         assert same.startswith(answer)
 
 
+def test_encoder_classifiers(pulled_encoder: Path, tmp_path: Path) -> None:
+    """Two classifiers of one encoder learn their tasks from twelve texts each."""
+    with server_process(pulled_encoder, tmp_path / "state", "--api-key", "sk-operator") as server:
+        printed = run(server, tmp_path, "encoder_classifiers.py", str(pulled_encoder))
+        cards = httpx.get(
+            f"{server.url}/v1/adapters", headers={"Authorization": "Bearer sk-operator"}
+        ).json()
+    assert "request" in str(cards)
+    shares = re.findall(r"(\w+): (\d+)% of 4 texts right, 2 labels", printed)
+    assert [name for name, _ in shares] == ["topic", "request"]
+    assert sum(int(share) for _, share in shares) >= 150, printed  # a guess would be 100
+
+
 def test_rl_loop(tmp_path: Path) -> None:
     """The loop takes the same steps on a tiny base, in seconds."""
     tiny = save_tiny_model(tmp_path / "tiny")

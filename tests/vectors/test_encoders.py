@@ -224,6 +224,21 @@ async def test_vectors_are_those_of_sentence_transformers(
     assert float((found - torch.from_numpy(expected)).abs().max()) < 1e-4
 
 
+@pytest.mark.slow
+async def test_the_packaged_encoder_embeds_as_sentence_transformers_do(
+    pulled_encoder: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    parts = [Transformer(str(pulled_encoder)), Pooling(384, pooling_mode="mean"), Normalize()]
+    texts = [_QUERY, "Kittens!", " ".join(_DOCUMENTS * 8)]
+    expected = SentenceTransformer(modules=parts, device="cpu").encode(texts)
+    async with serving(pulled_encoder, tmp_path / "state") as server:
+        data = await server.data("/v1/embeddings", input=texts)
+    found = torch.tensor([each["embedding"] for each in data])
+    assert float((found - torch.from_numpy(expected)).abs().max()) < 1e-4
+
+
 async def test_a_long_text_is_computed_whole_beside_others(bert: Path, tmp_path: Path) -> None:
     """A step of 8 tokens holds no text of 30, which gets a step of its own."""
     async with serving(bert, tmp_path / "alone", max_step_tokens=512) as server:

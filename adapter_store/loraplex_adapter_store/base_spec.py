@@ -140,12 +140,20 @@ class BaseSpec:
             n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
             head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // n_heads),
             vocab_size=int(embedding.weight.shape[0]),
-            tie_word_embeddings=head is not None and head.weight is embedding.weight,
+            tie_word_embeddings=head is not None and _are_tied(head, embedding),
             hidden_act=_hidden_act(config),
             conv1d=frozenset(conv1d),
             input_embedding=names[id(embedding)],
             output_head="" if head is None else names[id(head)],
         )
+
+
+def _are_tied(head: nn.Module, embedding: nn.Module) -> bool:
+    """Return True for one weight, plain or quantised."""
+    quantized = getattr(head, "quantized", None)
+    if quantized is not None:
+        return quantized is getattr(embedding, "quantized", None)
+    return head.weight is embedding.weight
 
 
 def _readers(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
@@ -157,7 +165,7 @@ def _readers(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
         for name, value in model.named_parameters(remove_duplicate=False)
     }
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             read.setdefault(f"{name}.weight", partial(getattr, module, "weight"))
     return read
 

@@ -46,12 +46,12 @@ def store_root(config: ServerConfig, spec: BaseSpec) -> Path:
 
 
 def public_name(spec: str | None, model_path: Path) -> str:
-    """Return the Hub id or packaged name, or the last part of a folder's path."""
+    """Return the Hub id or packaged name, or the last part of a folder's or file's path."""
     from .model.loading.pull import DEFAULT_BASE
 
     if spec is None:
         return DEFAULT_BASE
-    return model_path.name if Path(spec).expanduser().is_dir() else spec
+    return model_path.name if Path(spec).expanduser().exists() else spec
 
 
 def pooling_of_base(model_path: Path) -> PoolingPlan | None:

@@ -37,13 +37,18 @@ def save_base(row: BaseRow, folder: Path, *, seed: int = 0) -> Path:
 
 @asynccontextmanager
 async def serving(
-    base: Path, state: Path, *, quantization: str = "none", tensor_parallel_size: int = 1
+    base: Path,
+    state: Path,
+    *,
+    quantization: str = "none",
+    tensor_parallel_size: int = 1,
+    dtype: str = "float32",
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Raises ModelError if the server refuses to start on this base."""
     config = ServerConfig(
         http=HttpConfig(served_model_names=("base",)),
         engine=EngineConfig(
-            dtype="float32",
+            dtype=dtype,
             quantization=quantization,
             tensor_parallel_size=tensor_parallel_size,
             threads=1,

@@ -26,6 +26,7 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
         "loraplex eval": "needs a server with the adapter; tests/server/cli/test_chat.py has one"
     },
     "docs/quantization.md": {"loraplex serve": _OPTIONS},
+    "docs/gguf.md": {"loraplex serve": _OPTIONS},
     "docs/gpu.md": {"loraplex serve --model … --device cuda:0\n": _OPTIONS},
     "docs/tensor-parallel.md": {"loraplex serve --model … --device cuda:0 --tensor": _OPTIONS},
     "docs/gpu-evidence.md": {

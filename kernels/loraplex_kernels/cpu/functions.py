@@ -32,10 +32,14 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "encode_rows": (_P, _N, _N, _P),
     "encode_panels": (_P, _N, _N, _P, _P),
     "decode_outputs": (_P, _N, _P, _N, _P),
+    "block_panel_bytes": (_N, _N),
+    "pack_blocks": (_N, _P, _N, _N, _P),
+    "read_blocks": (_P, _N, _P, _N, _P),
 }
 _RESULTS: dict[str, Any] = {
     **dict.fromkeys(("lora_apply", "linear_with_lora", "moe_gate_up", "moe_down"), ctypes.c_int),
     "decoder": _N,
+    "block_panel_bytes": _N,
     "select_allowed": _N,
     "encode_rows": ctypes.c_int,
 }

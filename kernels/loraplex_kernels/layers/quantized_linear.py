@@ -15,10 +15,10 @@ from loraplex_kernels.formats.quantized_weight import (
 )
 
 from .base_linear import BaseLinear, part_of, stack_biases
+from .native_product import PANEL, pad_panels
 
 _REFERENCE_BYTES = 4 << 20  # dequantised rows that exist at the same time
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PANEL = 32  # outputs side by side, as in csrc/layers/linear.inc
 _SCRATCH_BYTES = 4 << 20  # plain words
 
 
@@ -41,8 +41,7 @@ class QuantizedLinear(BaseLinear):
         self._weight: QuantizedWeight | QuantizedPanels = stacked
         if QuantizedPanels.takes(stacked):
             self._weight = QuantizedPanels(stacked)
-            missing = -self.n_out % PANEL
-            self._bias = None if bias is None else functional.pad(bias.float(), (0, missing))
+            self._bias = None if bias is None else pad_panels(bias.float())
 
     def into(self, x: Tensor, out: Tensor) -> None:
         n_rows = x.shape[0]

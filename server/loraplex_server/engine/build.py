@@ -109,7 +109,8 @@ def build_engine(
             device,
         )
         spec = model.spec
-    if spec.quantization is not None and device.type == "cpu":
+    slow = spec.quantization in tuple(WeightFormat)  # GGUF's types are not
+    if slow and device.type == "cpu":
         _log.warning(
             "%s linears save memory on a CPU, and every step takes many times as long",
             spec.quantization,

@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from loraplex_kernels.lora.ops import PreparedTarget
 from loraplex_kernels.lora.pool import LoraPool
 
 from .errors import ModelError, UnsupportedBase
+from .gguf.gguf_folder import GGUF_FILE
+from .gguf.gguf_model import load_gguf
 from .layers.adapted_experts import replace_experts
 from .layers.adapted_modules import replace_embeddings, replace_norms
 from .layers.attention import LayerAttention, install_attention
@@ -25,8 +29,9 @@ from .layers.routed import RoutedMlp, find_mlps
 from .layers.tensor_parallel import GatheredHead, Shard
 from .loading.loader import run_load
 from .loading.served_spec import PackedSlice, served_spec
-from .packing import replace_linears
+from .packing import replace_linears, table_of_base
 from .quantized.quantized_modules import (
+    coded_weight,
     load_quantized,
     quantization_config,
     quantization_of,
@@ -81,6 +86,7 @@ class BaseModel:
             linears=trace.linears,
             attention=next(iter(trace.attention.values())),
         )
+        head_weight = coded_weight(model.get_output_embeddings())
         self.layers: list[LayerAttention] = install_attention(model, trace.attention, self.step)
         self.groups = replace_linears(
             model, self.spec, self.step, packed, exponent_coding=exponent_coding, shard=shard
@@ -89,7 +95,9 @@ class BaseModel:
             self.groups, lambda name: _gated_activation(model.get_submodule(name)), self.step
         )
         self.norms = replace_norms(model, self.step)  # names
-        self.embeddings = replace_embeddings(model, self.step)  # names
+        head = self.groups[self.spec.output_head].packed
+        table_of = partial(table_of_base, head=head, head_weight=head_weight)
+        self.embeddings = replace_embeddings(model, self.step, table_of)  # names
         # names of parameters
         self.stacked = replace_experts(model, self.step, self.spec.routers)
         if shard is not None:
@@ -204,18 +212,12 @@ def load_base_model(
     ``quantization``: the format to quantise the linears to, one by one.
     """
     stored = quantization_config(path)
-    if stored is not None and quantization is not None:
+    if (stored is not None or (path / GGUF_FILE).exists()) and quantization is not None:
         raise ModelError(
             f"the model at {str(path)!r} is quantised already; leave --quantization out"
         )
     try:
-        model = run_load(
-            lambda: (
-                AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-                if stored is None
-                else load_quantized(path, stored, dtype=dtype, device=device)
-            )
-        )
+        model = run_load(partial(_load, path, stored, dtype, device))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the model at {str(path)!r} cannot be loaded: {error}") from error
     model.eval().requires_grad_(False)
@@ -231,6 +233,21 @@ def load_base_model(
         exponent_coding=exponent_coding,
         self_check=self_check,
     )
+
+
+def _load(
+    path: Path, quantization: dict[str, Any] | None, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """``quantization``: of the checkpoint, see ``quantization_config``."""
+    gguf = path / GGUF_FILE
+    if gguf.exists():
+        return load_gguf(gguf, path, dtype=dtype, device=device)
+    if quantization is not None:
+        return load_quantized(path, quantization, dtype=dtype, device=device)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, local_files_only=True
+    )
+    return model
 
 
 @contextlib.contextmanager

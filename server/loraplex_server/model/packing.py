@@ -7,17 +7,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_kernels.cpu.gguf_weight import GgufWeight
+from loraplex_kernels.formats.quantized_weight import QuantizedWeight
 from loraplex_kernels.formats.storage import WeightRange
 from loraplex_kernels.layers.base_linear import BaseLinear
+from loraplex_kernels.layers.block_linear import block_linear
 from loraplex_kernels.layers.packed_linear import PackedLinear, packed_words
 from loraplex_kernels.layers.quantized_linear import QuantizedLinear
 
 from .errors import UnsupportedBase
+from .layers.adapted_modules import PlainTable, Table
 from .layers.forward_context import ForwardContext
 from .layers.packed_lora_linear import LinearCut, LoraLinear, PackedLoraLinear
 from .layers.tensor_parallel import Shard
 from .loading.served_spec import PackedSlice
-from .quantized.quantized_modules import QuantizedModule
+from .quantized.quantized_modules import (
+    BlockEmbedding,
+    CodedWeight,
+    QuantizedModule,
+    coded_weight,
+)
 from .targets import group_modules
 
 
@@ -59,6 +68,20 @@ def replace_linears(
     return groups
 
 
+def table_of_base(
+    embedding: nn.Embedding, *, head: BaseLinear, head_weight: CodedWeight | None
+) -> Table:
+    """Return the rows of an embedding; of one in blocks that the head is tied to, the head's.
+
+    ``head_weight``: of the head before it was packed; None if it was plain.
+    """
+    if not isinstance(embedding, BlockEmbedding):
+        return PlainTable(embedding.weight)
+    return (
+        head if embedding.quantized is head_weight else block_linear([embedding.quantized], [None])
+    )
+
+
 def _reduce_of(shard: Shard | None, names: Sequence[str]) -> Callable[[Tensor], None] | None:
     if shard is None or not shard.layout.is_summed(names[0]):
         return None
@@ -82,7 +105,8 @@ def _cuts_of(
 
 def _words_of(model: PreTrainedModel, spec: BaseSpec, names: Sequence[str]) -> int:
     """Return the size of the packed weights in words; 0 on a GPU."""
-    if model.device.type != "cpu" or isinstance(model.get_submodule(names[0]), QuantizedModule):
+    coded = (isinstance(model.get_submodule(name), QuantizedModule) for name in names)
+    if model.device.type != "cpu" or any(coded):
         return 0
     shapes = [spec.modules[name] for name in names]
     dtype = model.get_parameter(f"{names[0]}.weight").dtype
@@ -94,9 +118,15 @@ def _pack(
 ) -> BaseLinear:
     """Return one product of the modules ``names``, which read the same input."""
     biases = [getattr(module, "bias", None) for module in modules]
-    quantized = [m.quantized for m in modules if isinstance(m, QuantizedModule)]
+    coded = [weight for weight in map(coded_weight, modules) if weight is not None]
+    blocks = [weight for weight in coded if isinstance(weight, GgufWeight)]
+    quantized = [weight for weight in coded if isinstance(weight, QuantizedWeight)]
+    if len(blocks) == len(modules):
+        return block_linear(blocks, biases)
     if not quantized:
         weights = [_weight(module) for module in modules]
+        if blocks:  # beside plain weights
+            return PackedLinear(weights, biases, exponent_coding=exponent_coding)
         return PackedLinear(weights, biases, exponent_coding=exponent_coding, memory=memory)
     if len(quantized) < len(modules):
         raise UnsupportedBase(f"some of {', '.join(names)} are quantised and some are not")

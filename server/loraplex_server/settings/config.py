@@ -335,7 +335,7 @@ class LearningConfig(Options, panel=Panel.ADAPTERS):
 class ServerConfig(Options, panel=Panel.MODEL):
     model: str | None = option(
         None,
-        "Serve this base model: a pulled model, a Hub id or a folder. Default: "
+        "Serve this base model: a pulled model, a Hub id, a folder or a GGUF file. Default: "
         "SmolLM2-135M-Instruct.",
     )
     http: HttpConfig = Field(default_factory=HttpConfig)

@@ -4,6 +4,8 @@ Rows whose adapter has its own norm (LN tuning, modules_to_save) are normed agai
 """
 
 import inspect
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +142,31 @@ def _row_axis(x: Tensor, step: ForwardContext) -> int:
     return max(fitting, key=x.stride)
 
 
+class Table(Protocol):
+    """Rows of an embedding, plain or packed."""
+
+    dtype: torch.dtype
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Return rows ``token_ids`` int64 [T]: a new tensor [T, width]."""
+
+    def matrix(self) -> Tensor:
+        """Return all rows [n_rows, width]."""
+
+
+class PlainTable:
+    """A tensor [n_rows, width]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self.dtype = weight, weight.dtype
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return functional.embedding(token_ids, self._weight)
+
+    def matrix(self) -> Tensor:
+        return self._weight
+
+
 class AdaptedEmbedding(nn.Module):
     """``scale · weight[ids]``, called with one id for each row of the step.
 
@@ -148,17 +175,22 @@ class AdaptedEmbedding(nn.Module):
     """
 
     def __init__(
-        self, name: str, weight: Tensor, scale: Tensor | float | None, step: ForwardContext
+        self, name: str, table: Table, scale: Tensor | float | None, step: ForwardContext
     ) -> None:
         super().__init__()
-        self.weight = weight  # [n_rows, width]
+        self._table = table
         self._name = name
-        self._scale = scale.to(weight.dtype) if isinstance(scale, Tensor) else scale
+        self._scale = scale.to(table.dtype) if isinstance(scale, Tensor) else scale
         self._step = step
+
+    @property
+    def weight(self) -> Tensor:
+        """The table [n_rows, width]. Do not write to it."""
+        return self._table.matrix()
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ``ids`` [..., T] to a new tensor [..., T, width]."""
-        out = self._scaled(functional.embedding(ids, self.weight))
+        out = self._scaled(self._rows(ids))
         for fallback in self._step.fallback:
             if fallback.parts.changes(self._name):
                 rows = fallback.rows
@@ -166,12 +198,16 @@ class AdaptedEmbedding(nn.Module):
                 out.view(-1, out.shape[-1])[rows] = self._scaled(own).to(out.dtype)
         return out
 
+    def _rows(self, ids: Tensor) -> Tensor:
+        return self._table.embed(ids.reshape(-1)).view(*ids.shape, -1)
+
     def _scaled(self, embedded: Tensor) -> Tensor:
         return embedded if self._scale is None else embedded * self._scale
 
     def _embed(self, ids: Tensor, parts: FallbackParts) -> Tensor:
         """Return one adapter's embeddings [n, width] before the scale."""
-        embedded = functional.embedding(ids, parts.replaced_weights.get(self._name, self.weight))
+        replaced = parts.replaced_weights.get(self._name)
+        embedded = self._rows(ids) if replaced is None else functional.embedding(ids, replaced)
         module = parts.modules.get(self._name)
         if module is not None and module.a is not None and module.b is not None:
             embedded = embedded + functional.linear(module.a.t()[ids], module.b)
@@ -179,15 +215,19 @@ class AdaptedEmbedding(nn.Module):
         return embedded if token_rows is None else token_rows.put(ids, embedded)
 
 
-def replace_embeddings(model: nn.Module, step: ForwardContext) -> frozenset[str]:
-    """Replace the embeddings that are plain tables, and return their names.
+def replace_embeddings(
+    model: nn.Module,
+    step: ForwardContext,
+    table_of: Callable[[nn.Embedding], Table] = lambda embedding: PlainTable(embedding.weight),
+) -> frozenset[str]:
+    """Replace the embeddings that are tables, and return their names.
 
-    Others stay as they are and take no adapters.
+    Others stay as they are and take no adapters. ``table_of`` returns the rows of an embedding.
     """
     tables = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
     replaced = set()
     for name, table in tables:
-        own = AdaptedEmbedding(name, table.weight, getattr(table, "embed_scale", None), step)
+        own = AdaptedEmbedding(name, table_of(table), getattr(table, "embed_scale", None), step)
         if _answers_alike(own, table):
             model.set_submodule(name, own)
             replaced.add(name)
@@ -199,5 +239,5 @@ def _answers_alike(own: AdaptedEmbedding, table: nn.Embedding) -> bool:
     if len(inspect.signature(table.forward).parameters) != 1:
         return False  # it needs more than ids, as OPT's positions do
     last = table.num_embeddings - 1
-    ids = torch.tensor([[0, last // 2, last]], device=table.weight.device)
+    ids = torch.tensor([[0, last // 2, last]], device=own.weight.device)
     return bool(torch.equal(table(ids), own(ids)))

@@ -79,9 +79,11 @@ def loraplex_home() -> Path:
 
 
 def resolve_model(spec: str | None = None) -> Path:
-    """Return the directory of ``spec``: a pulled name or Hub id, a local directory, or the default.
+    """Return the directory of ``spec``: a pulled name or Hub id, a local directory or GGUF file, or
+    the default.
 
-    Uses no network. Raises ModelNotPulledError, whose message names the command that helps.
+    Uses no network. Raises ModelNotPulledError, whose message names the command that helps, and
+    ModelError for a GGUF file that cannot be served.
     """
     spec = spec or DEFAULT_BASE
     if _is_pulled(_folder_of(spec)):
@@ -89,6 +91,10 @@ def resolve_model(spec: str | None = None) -> Path:
     local = Path(spec).expanduser()
     if (local / "config.json").is_file():
         return local.resolve()
+    if local.is_file():
+        from loraplex_server.model.gguf.gguf_folder import gguf_folder
+
+        return gguf_folder(local, loraplex_home() / "gguf")
     if local.is_dir():
         raise ModelNotPulledError(f"{spec} is a directory without config.json, so not a model")
     command = "loraplex pull" if spec in _PACKAGED else f"loraplex pull {spec}"

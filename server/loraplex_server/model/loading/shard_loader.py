@@ -25,6 +25,7 @@ from loraplex_kernels.formats.quantized_weight import (
     quantize_weight,
 )
 from loraplex_server.model.errors import ModelError
+from loraplex_server.model.gguf.gguf_folder import GGUF_FILE
 from loraplex_server.model.layers.tensor_parallel import ShardLayout
 from loraplex_server.model.quantized.quantized_formats import (
     LinearParts,
@@ -52,6 +53,8 @@ class Checkpoint:
         """``size``: number of ranks. ``quantization``: the format for plain linears of layers."""
         self._path, self._quantization = path, quantization
         with _named(path):
+            if (path / GGUF_FILE).exists():
+                raise ValueError("a GGUF file has one process; leave --tensor-parallel-size out")
             self._config = plain_config(path)
             self.layout = ShardLayout.of(self._config, size)
             self._generation = generation_config(path)

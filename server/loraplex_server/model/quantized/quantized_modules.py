@@ -26,6 +26,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from loraplex_kernels.cpu.gguf_weight import GgufWeight
 from loraplex_kernels.formats.quantized_weight import (
     QuantizedWeight,
     WeightFormat,
@@ -40,10 +41,13 @@ _MIB = 1 << 20
 _log = logging.getLogger(__name__)
 
 
+CodedWeight = QuantizedWeight | GgufWeight
+
+
 class _QuantizedLinear(nn.Linear):
     """A linear with the forward of ``nn.Linear``."""
 
-    def __init__(self, quantized: QuantizedWeight, bias: nn.Parameter | None) -> None:
+    def __init__(self, quantized: CodedWeight, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)  # without a parameter of its own
         self.quantized = quantized
         self.out_features, self.in_features = quantized.shape
@@ -58,7 +62,7 @@ class _QuantizedLinear(nn.Linear):
 class _QuantizedConv1D(Conv1D):  # type: ignore[misc]
     """A linear of GPT-2, whose weight is [in, out]."""
 
-    def __init__(self, quantized: QuantizedWeight, bias: nn.Parameter) -> None:
+    def __init__(self, quantized: CodedWeight, bias: nn.Parameter) -> None:
         nn.Module.__init__(self)
         self.quantized = quantized
         self.nf, self.nx = quantized.shape
@@ -67,6 +71,27 @@ class _QuantizedConv1D(Conv1D):  # type: ignore[misc]
     @property
     def weight(self) -> Tensor:
         return self.quantized.dequantize().t()
+
+
+class BlockEmbedding(nn.Embedding):
+    """An embedding in the blocks of a GGUF file."""
+
+    def __init__(self, quantized: GgufWeight, embed_scale: Tensor | None) -> None:
+        """``embed_scale``: multiplies the rows, as in Gemma."""
+        nn.Module.__init__(self)  # without a parameter of its own
+        self.quantized = quantized
+        self.num_embeddings, self.embedding_dim = quantized.shape
+        self.embed_scale = embed_scale
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantised table [n_rows, width]."""
+        return self.quantized.dequantize()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ``ids`` [...] to [..., width]."""
+        rows = self.quantized.take(ids.reshape(-1)).view(*ids.shape, -1)
+        return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)
 
 
 QuantizedModule = _QuantizedLinear | _QuantizedConv1D
@@ -101,7 +126,7 @@ def quantize_linears(model: PreTrainedModel, format: WeightFormat, device: torch
     )
 
 
-def install_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> None:
+def install_quantized(model: PreTrainedModel, weights: Mapping[str, CodedWeight]) -> None:
     """Replaces the named linears by quantised ones."""
     for name, quantized in weights.items():
         _replace(model, name, quantized)
@@ -113,6 +138,13 @@ def quantization_of(model: nn.Module) -> str | None:
     return "+".join(sorted(formats)) or None
 
 
+def coded_weight(module: nn.Module) -> CodedWeight | None:
+    """Return the weight of a quantised module or embedding; None if it is plain."""
+    if isinstance(module, BlockEmbedding):
+        return module.quantized
+    return module.quantized if isinstance(module, QuantizedModule) else None
+
+
 def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
@@ -121,7 +153,7 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]
             yield name, module
 
 
-def _replace(model: PreTrainedModel, name: str, quantized: QuantizedWeight) -> None:
+def _replace(model: PreTrainedModel, name: str, quantized: CodedWeight) -> None:
     module = model.get_submodule(name)
     kind = _QuantizedConv1D if isinstance(module, Conv1D) else _QuantizedLinear
     linear = kind(quantized, module.bias)

@@ -35,7 +35,7 @@
 #define LORAPLEX_TARGET_AVX2 "avx2,fma,f16c,bmi2"
 #define LORAPLEX_TARGET_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
 #define LORAPLEX_TARGET_AVX512BF16                                                                 \
-    "avx512bf16,avx512vbmi,avx512vbmi2,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
+    "avx512bf16,avx512vnni,avx512vbmi,avx512vbmi2,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
 
 namespace loraplex {
 
@@ -45,6 +45,7 @@ enum CpuFeature : uint32_t {
     kAvx512 = 1u << 1,      // F, BW, VL, DQ
     kAvx512Bf16 = 1u << 2,  // dot products of bfloat16
     kAvx512Vbmi = 1u << 3,  // VBMI and VBMI2: look-ups and shifts of bytes
+    kAvx512Vnni = 1u << 4,  // dot products of bytes
 };
 
 uint32_t cpu_features();  // of this processor and operating system

@@ -55,7 +55,7 @@ const Layout kLayouts[] = {
 }  // namespace loraplex
 
 // Version of the C functions: native.py refuses a library built from other sources.
-LORAPLEX_API int loraplex_abi() { return 11; }
+LORAPLEX_API int loraplex_abi() { return 12; }
 
 // The size of a struct, or the offset of a field "struct.field"; -1 if there is none.
 LORAPLEX_API int64_t loraplex_layout(const char* name) {

@@ -15,6 +15,7 @@ uint32_t cpu_features() {
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
         kAvx512);
     add(__builtin_cpu_supports("avx512bf16"), kAvx512Bf16);
+    add(__builtin_cpu_supports("avx512vnni"), kAvx512Vnni);
     add(__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2"), kAvx512Vbmi);
 #endif
     return found;

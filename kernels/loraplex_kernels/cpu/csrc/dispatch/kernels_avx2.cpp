@@ -1,6 +1,7 @@
 #include "layers/exponent_coding.h"
 #include "dispatch/kernel_set.h"
 #include "dispatch/openmp.h"
+#include "dispatch/scratch.h"
 
 #if LORAPLEX_X86
 #include <immintrin.h>

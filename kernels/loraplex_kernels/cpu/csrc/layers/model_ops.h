@@ -1,9 +1,11 @@
-// The arguments of the base model's operators. Layouts: linear.inc (packed weights),
+// The arguments of the base model's operators. Layouts: linear.inc and block_formats.h (packed
+// weights),
 // attention_tile.inc (paged cache).
 #pragma once
 
 #include <cstdint>
 
+#include "blocks/block_formats.h"
 #include "dispatch/openmp.h"
 #include "lora/prefetch.h"
 
@@ -11,12 +13,13 @@ namespace loraplex {
 
 struct LinearArgs {
     const void* x;
-    const void* packed;  // coded panels: plus kCoded
+    const void* packed;  // coded panels: plus kCoded; panels in blocks: plus kInBlocks
     const float* bias;  // [n_out] padded to whole panels, or null
     void* out;
     int64_t x_stride, out_stride;  // elements
     int64_t n_rows, n_out, n_in;
     const PrefetchList* prefetch;  // [threads], or null: what each of them prefetches meanwhile
+    const QuantizedRows* quantized = nullptr;  // rows of x for panels in blocks, where they are ready
 };
 
 namespace {

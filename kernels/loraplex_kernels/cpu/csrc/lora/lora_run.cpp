@@ -59,7 +59,7 @@ void run_as_one_team(const LinearArgs& base, const LoraCall& call, LoraPlan& pla
 }  // namespace
 
 void* scratch(int64_t n_bytes) {
-    thread_local std::vector<char> bytes;  // grows to the largest call of this thread
+    thread_local std::vector<char> bytes;
     if (static_cast<int64_t>(bytes.size()) < n_bytes) bytes.resize(n_bytes);
     return bytes.data();
 }

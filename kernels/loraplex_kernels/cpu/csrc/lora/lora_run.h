@@ -2,11 +2,10 @@
 #pragma once
 
 #include "dispatch/kernel_set.h"
+#include "dispatch/scratch.h"
 #include "lora/lora_plan.h"
 
 namespace loraplex {
-
-void* scratch(int64_t n_bytes);  // of this thread, for decoded pages
 
 void run_shrink(const LoraCall& call, LoraPlan& plan, const ShrinkItem& item);
 void shrink_task(const LoraCall& call, LoraPlan& plan, const SegmentTask& task);

@@ -80,6 +80,53 @@ LORAPLEX_INLINE vf v_scale2(vf x, vf n) {  // in two steps, since 2^128 is no fl
     return v_mul(v_mul(x, v_power2(half)), v_power2(_mm256_sub_epi32(whole, half)));
 }
 
+LORAPLEX_INLINE vi v_shift_left(vi x, int n) { return _mm256_slli_epi32(x, n); }
+LORAPLEX_INLINE vi v_low_nibbles(vi x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+LORAPLEX_INLINE vi v_high_nibbles(vi x) { return v_low_nibbles(_mm256_srli_epi16(x, 4)); }
+LORAPLEX_INLINE vf v_from_ints(vi x) { return _mm256_cvtepi32_ps(x); }
+LORAPLEX_INLINE vf v_byte(vi x, int i) {
+    return v_from_ints(_mm256_and_si256(_mm256_srli_epi32(x, 8 * i), _mm256_set1_epi32(255)));
+}
+LORAPLEX_INLINE vi v_dot_bytes(vi codes, vi x, vi sums) {
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(x, 8));
+    return _mm256_add_epi32(sums, _mm256_add_epi32(even, odd));
+}
+LORAPLEX_INLINE vi v_set_bits(vi x, const uint8_t* bits, uint8_t bit) {
+    int mask;
+    __builtin_memcpy(&mask, bits, sizeof mask);
+    const __m256i of_byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
+                                               0x0303030303030303);
+    const __m256i own = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(mask), of_byte);
+    const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, own), own);
+    return _mm256_or_si256(
+        x, _mm256_and_si256(is_set, _mm256_set1_epi8(static_cast<char>(bit))));
+}
+LORAPLEX_INLINE vi v_look_up(vi x, const uint8_t* table) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), x);
+}
+LORAPLEX_INLINE vf v_load_half(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+LORAPLEX_INLINE __m128i load_8_bytes(const void* p) {
+    return _mm_loadl_epi64(static_cast<const __m128i*>(p));
+}
+LORAPLEX_INLINE vf v_load_bytes(const uint8_t* p) {
+    return v_from_ints(_mm256_cvtepu8_epi32(load_8_bytes(p)));
+}
+LORAPLEX_INLINE vf v_load_bytes(const int8_t* p) {
+    return v_from_ints(_mm256_cvtepi8_epi32(load_8_bytes(p)));
+}
+LORAPLEX_INLINE void v_store_bytes(int8_t* p, vf x) {
+    const __m256i words = _mm256_cvtps_epi32(x);
+    const __m256i shorts = _mm256_permute4x64_epi64(_mm256_packs_epi32(words, words), 0x08);
+    const __m128i half = _mm256_castsi256_si128(shorts);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
+}
+
 LORAPLEX_INLINE float v_first(vf x) { return _mm256_cvtss_f32(x); }
 LORAPLEX_INLINE __m128 v_fold_to_4(vf x) {
     return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

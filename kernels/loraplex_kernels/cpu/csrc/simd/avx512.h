@@ -1,6 +1,7 @@
 // Vectors of sixteen floats for AVX-512, and exponent-coded values in registers. See portable.h for
 // what each name means. avx512bf16.h is this file with LORAPLEX_SIMD_BF16: conversions and dot
-// products of bfloat16 in hardware, byte look-ups (VBMI) and funnel shifts (VBMI2).
+// products of bfloat16 and dot products of bytes (VNNI) in hardware, byte look-ups (VBMI) and funnel
+// shifts (VBMI2).
 #pragma once
 
 #include "simd/scalar.h"
@@ -81,6 +82,52 @@ LORAPLEX_INLINE bool v_any_above(vf x, float bound) {
     return _mm512_cmp_ps_mask(x, v_set(bound), _CMP_NLE_UQ) != 0;
 }
 LORAPLEX_INLINE vf v_scale2(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+
+LORAPLEX_INLINE vi v_shift_left(vi x, int n) { return _mm512_slli_epi32(x, n); }
+LORAPLEX_INLINE vi v_low_nibbles(vi x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+LORAPLEX_INLINE vi v_high_nibbles(vi x) { return v_low_nibbles(_mm512_srli_epi16(x, 4)); }
+LORAPLEX_INLINE vf v_from_ints(vi x) { return _mm512_cvtepi32_ps(x); }
+LORAPLEX_INLINE vf v_byte(vi x, int i) {
+    return v_from_ints(_mm512_and_si512(_mm512_srli_epi32(x, 8 * i), _mm512_set1_epi32(255)));
+}
+#if LORAPLEX_SIMD_BF16
+LORAPLEX_INLINE vi v_dot_bytes(vi codes, vi x, vi sums) {
+    return _mm512_dpbusd_epi32(sums, codes, x);
+}
+#else
+LORAPLEX_INLINE vi v_dot_bytes(vi codes, vi x, vi sums) {
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(255)),
+                                           _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(x, 8));
+    return _mm512_add_epi32(sums, _mm512_add_epi32(even, odd));
+}
+#endif
+LORAPLEX_INLINE vi v_set_bits(vi x, const uint8_t* bits, uint8_t bit) {
+    __mmask64 mask;
+    __builtin_memcpy(&mask, bits, sizeof mask);
+    // adding is setting where the bit is clear
+    return _mm512_mask_add_epi8(x, mask, x, _mm512_set1_epi8(static_cast<char>(bit)));
+}
+LORAPLEX_INLINE vi v_look_up(vi x, const uint8_t* table) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), x);
+}
+LORAPLEX_INLINE vf v_load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+LORAPLEX_INLINE __m128i load_16_bytes(const void* p) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+LORAPLEX_INLINE vf v_load_bytes(const uint8_t* p) {
+    return v_from_ints(_mm512_cvtepu8_epi32(load_16_bytes(p)));
+}
+LORAPLEX_INLINE vf v_load_bytes(const int8_t* p) {
+    return v_from_ints(_mm512_cvtepi8_epi32(load_16_bytes(p)));
+}
+LORAPLEX_INLINE void v_store_bytes(int8_t* p, vf x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
 
 LORAPLEX_INLINE float v_first(vf x) { return _mm512_cvtss_f32(x); }
 LORAPLEX_INLINE float v_sum(vf x) { return _mm512_reduce_add_ps(x); }

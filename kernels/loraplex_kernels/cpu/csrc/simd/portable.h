@@ -96,6 +96,65 @@ LORAPLEX_INLINE vf v_scale2(vf x, vf n) {
     return x;
 }
 
+// Integers: a word is a 32-bit number, or four bytes.
+LORAPLEX_INLINE vi v_shift_left(vi x, int n) { return x << n; }
+LORAPLEX_INLINE vi v_low_nibbles(vi x) { return x & 0x0f0f0f0fu; }  // of each byte
+LORAPLEX_INLINE vi v_high_nibbles(vi x) { return (x >> 4) & 0x0f0f0f0fu; }
+LORAPLEX_INLINE vf v_byte(vi x, int i) {  // byte i of each word, as an unsigned number
+    vf y;
+    for (int j = 0; j < kLanes; ++j) y[j] = static_cast<float>((x[j] >> 8 * i) & 255);
+    return y;
+}
+LORAPLEX_INLINE vf v_from_ints(vi x) {
+    vf y;
+    for (int i = 0; i < kLanes; ++i) y[i] = static_cast<float>(static_cast<int32_t>(x[i]));
+    return y;
+}
+// sums + the products of four unsigned bytes and four signed ones, in each word; exact.
+LORAPLEX_INLINE vi v_dot_bytes(vi codes, vi x, vi sums) {
+    for (int i = 0; i < 4; ++i) {
+        const vi byte = (codes >> 8 * i) & 255u;
+        for (int j = 0; j < kLanes; ++j)
+            sums[j] += byte[j] * static_cast<uint32_t>(static_cast<int8_t>(x[j] >> 8 * i));
+    }
+    return sums;
+}
+// x with `bit` set in the bytes whose bit at `bits` is set, the first byte's the lowest.
+LORAPLEX_INLINE vi v_set_bits(vi x, const uint8_t* bits, uint8_t bit) {
+    uint8_t bytes[kLanes * 4];
+    __builtin_memcpy(bytes, &x, sizeof bytes);
+    for (int i = 0; i < kLanes * 4; ++i)
+        if (bits[i / 8] >> i % 8 & 1) bytes[i] |= bit;
+    return v_words(bytes);
+}
+// table[b] for each byte b < 16 of x.
+LORAPLEX_INLINE vi v_look_up(vi x, const uint8_t* table) {
+    uint8_t bytes[kLanes * 4];
+    __builtin_memcpy(bytes, &x, sizeof bytes);
+    for (int i = 0; i < kLanes * 4; ++i) bytes[i] = table[bytes[i]];
+    return v_words(bytes);
+}
+LORAPLEX_INLINE vf v_load_half(const uint16_t* p) {  // numbers of 16 bits
+    vf x;
+    for (int i = 0; i < kLanes; ++i) x[i] = half_to_float(p[i]);
+    return x;
+}
+LORAPLEX_INLINE vf v_load_bytes(const uint8_t* p) {
+    vf x;
+    for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(p[i]);
+    return x;
+}
+LORAPLEX_INLINE vf v_load_bytes(const int8_t* p) {
+    vf x;
+    for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(p[i]);
+    return x;
+}
+// Stores whole numbers of -128 to 127.
+LORAPLEX_INLINE void v_store_bytes(int8_t* p, vf x) {
+    for (int i = 0; i < kLanes; ++i)
+        p[i] = x[i] >= -128.0f && x[i] <= 127.0f ? static_cast<int8_t>(x[i]) : 0;
+}
+
 LORAPLEX_INLINE float v_first(vf x) { return x[0]; }
 // The sum of the lanes, each with the one half a vector on, and so forth.
 LORAPLEX_INLINE float v_sum(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }

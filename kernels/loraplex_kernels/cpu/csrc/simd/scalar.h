@@ -1,4 +1,4 @@
-// Single bfloat16 values, for all instruction sets. Included in an anonymous namespace.
+// Single values of 16 bits, for all instruction sets. Included in an anonymous namespace.
 //
 // Rounding, here and in every header beside this one: to nearest, ties to even. A NaN stays a NaN
 // with its sign and upper bits, and becomes quiet. Only hardware conversion (AVX512-BF16) takes
@@ -26,3 +26,12 @@ LORAPLEX_INLINE bf16 to_bf16(float x) {
 }
 LORAPLEX_INLINE void store_value(bf16* p, float x) { *p = to_bf16(x); }
 LORAPLEX_INLINE void store_value(float* p, float x) { *p = x; }
+// A number of IEEE's 16 bits. A shift aligns exponent and mantissa, and the product corrects the
+// exponent's bias, of subnormal numbers, too.
+LORAPLEX_INLINE float half_to_float(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+    const uint32_t rest = static_cast<uint32_t>(half & 0x7fffu) << 13;
+    const float value = from_bits(rest) * from_bits((127u + 112u) << 23);
+    const uint32_t infinite = (half & 0x7c00u) == 0x7c00u ? 0x7f800000u | rest : to_bits(value);
+    return from_bits(sign | infinite);
+}

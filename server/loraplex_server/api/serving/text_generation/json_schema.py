@@ -10,7 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
 
-from .schema_logic import Negation, NotExpressible, Schema, dependencies, different_items
+from .schema_logic import (
+    MAX_LISTS,
+    Negation,
+    NotExpressible,
+    Schema,
+    dependencies,
+    different_items,
+)
 
 _EXACT = 1 << 53  # integers up to here are exact in float64
 _INT64 = (1 << 63) - 1
@@ -36,6 +43,7 @@ _SINGLE = (
 _IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "not", "dependentSchemas"})
 _ANYTHING: tuple[object, ...] = (True, {})
 _MAX_DEPTH = 30  # of schemas whose logic is rewritten, which makes them deeper
+_MAX_SCHEMAS = 3000  # in one, after rewriting: some 40 ms of the event loop
 _MALFORMED = (TypeError, AttributeError)  # of a keyword with an odd value, which llguidance names
 
 
@@ -43,7 +51,7 @@ def enforceable(schema: object, *, lenient: bool = False) -> object:
     """Return a schema that allows no value that ``schema`` forbids, and whose numbers are exact.
 
     ``lenient`` leaves out bounds and patterns that cannot be enforced. Otherwise, and for a
-    constant, raises ValueError.
+    constant or too many schemas, raises ValueError.
     """
     if schema is True:
         return {}
@@ -54,7 +62,8 @@ class _Rewriting:
     def __init__(self, root: object, lenient: bool) -> None:
         self._root, self._lenient = root, lenient
         self._negation = Negation(self._followed)
-        self._depth = 0
+        self._depth = self._n_schemas = 0
+        self._n_lists_left = MAX_LISTS
         # Keyword → what an equal schema says in its place. They raise NotExpressible.
         self._logic: Mapping[str, Callable[[Schema], Sequence[object]]] = {
             "not": lambda schema: (
@@ -69,6 +78,9 @@ class _Rewriting:
     def of(self, schema: object) -> object:
         if not isinstance(schema, dict):
             return schema
+        self._n_schemas += 1
+        if self._n_schemas > _MAX_SCHEMAS:
+            raise ValueError(f"it has more than {_MAX_SCHEMAS:,} schemas within it")
         self._depth += 1
         try:
             return self._of(self._without_logic(schema) if self._depth < _MAX_DEPTH else schema)
@@ -119,7 +131,9 @@ class _Rewriting:
             schema.pop("else", None)
         if schema.get("uniqueItems") is True:
             with suppress(NotExpressible, *_MALFORMED):
-                schema = different_items(schema, self._followed(schema.get("items")))
+                items = self._followed(schema.get("items"))
+                schema = different_items(schema, items, self._n_lists_left)
+                self._n_lists_left -= len(schema["enum"])
         if conditions:
             schema["allOf"] = [*_list(schema.get("allOf")), *conditions]
         return schema

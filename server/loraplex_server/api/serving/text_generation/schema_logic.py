@@ -14,11 +14,11 @@ from typing import Any
 Schema = dict[str, Any]
 
 _TYPES = ("null", "boolean", "number", "string", "array", "object")
-_MAX_NODES = 2000  # of the negations of a schema; a reference counts each time
+_MAX_NODES = 2000  # of the negations of a schema; a reference counts each time, and a character
 _MAX_DEPTH = 16  # of schemas within a negated one, references followed
 _MAX_DEPENDENCIES = 64
-_MAX_CHARACTERS = 2000  # of texts that another text must differ from
-_MAX_LISTS = 2000  # of different items, written out
+_MAX_CHARACTERS = 400  # of texts that another text must differ from; its pattern has the square
+MAX_LISTS = 2000  # of different items, written out
 _MAX_WRITTEN = 200_000  # characters of those lists
 _NAMES = frozenset({"title", "description", "$comment", "examples", "default", "deprecated"})
 _DEFINITIONS = frozenset({"$schema", "$defs", "definitions"})
@@ -101,15 +101,16 @@ def dependencies(needs: dict[str, object]) -> list[Schema]:
     ]
 
 
-def different_items(schema: Schema, items: object) -> Schema:
+def different_items(schema: Schema, items: object, n_most: int) -> Schema:
     """Return ``schema`` with all lists of different items as its values, the shortest first.
 
-    ``items`` is the schema of an item, which must have few values. Raises NotExpressible.
+    ``items`` is the schema of an item, which must have few values. Raises NotExpressible for more
+    than ``n_most`` lists.
     """
     if not isinstance(items, dict) or schema.get("type") != "array" or "prefixItems" in schema:
         raise NotExpressible
     values = _values(items)
-    if len(values) > _MAX_LISTS:
+    if len(values) > n_most:
         raise NotExpressible
     lengths = range(
         schema.get("minItems", 0), min(len(values), schema.get("maxItems", len(values))) + 1
@@ -117,7 +118,7 @@ def different_items(schema: Schema, items: object) -> Schema:
     n_lists = 0
     for length in lengths:
         n_lists += math.perm(len(values), length)
-        if n_lists > _MAX_LISTS or n_lists * len(json.dumps(values)) > _MAX_WRITTEN:
+        if n_lists > n_most or n_lists * len(json.dumps(values)) > _MAX_WRITTEN:
             raise NotExpressible
     if not n_lists:
         raise NotExpressible
@@ -147,6 +148,8 @@ def _values(items: Schema) -> list[object]:
 
 
 def _n_nodes(value: object) -> int:
+    if isinstance(value, str):
+        return 1 + len(value)
     if isinstance(value, dict):
         return 1 + sum(map(_n_nodes, value.values()))
     return 1 + sum(map(_n_nodes, value)) if isinstance(value, list) else 1

@@ -1,8 +1,11 @@
 """Writes models as GGUF files with gguf-py, under the names and in the orders of llama.cpp.
 
 gguf-py has no quantiser for the K types. Their blocks are random here, within what a file may hold.
+
+    python -m tests.support.bases.gguf_checkpoint MODEL_FOLDER OUT.gguf --type Q8_0
 """
 
+import argparse
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +24,12 @@ from gguf import (
 )
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 Blocks = NDArray[np.uint8]
 
@@ -167,3 +175,18 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast) -> No
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_unk_token_id(tokenizer.unk_token_id)
     writer.add_chat_template(tokenizer.chat_template)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a model of one type of blocks.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--type", default="Q8_0", choices=sorted(type.name for type in _T))
+    options = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    save_as_gguf(model, tokenizer, options.out, lambda name: _T[options.type])
+
+
+if __name__ == "__main__":
+    main()

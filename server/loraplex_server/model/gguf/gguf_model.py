@@ -36,7 +36,11 @@ _GEMMA_LAYER = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _LAYERS = {"phi3": _FUSED_LAYER, "gemma2": _GEMMA_LAYER, "gemma3": _GEMMA_LAYER}
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_TOP = {
+    "token_embd": "model.embed_tokens",  # nosec B105
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
 _NOT_WEIGHTS = ("rope_freqs.weight",)  # are in the config
 _PAIRS_ROTATED = ("llama", "smollm3", "granite")  # rows of q and k stand in pairs to rotate
 _NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")

@@ -18,9 +18,9 @@ _COMMON = {
     "attention.head_count": "num_attention_heads",
 }
 _TOKENS = {
-    "bos_token_id": "bos_token_id",  # nosec B105
-    "eos_token_id": "eos_token_id",  # nosec B105
-    "padding_token_id": "pad_token_id",  # nosec B105
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "padding_token_id": "pad_token_id",
 }
 _LLAMA3_LENGTH = 8192  # that Llama 3's positions were scaled from
 _LOCAL_THETA = 10000.0  # of Gemma 3's layers with a window

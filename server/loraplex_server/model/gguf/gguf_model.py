@@ -37,7 +37,7 @@ _GEMMA_LAYER = {
 }
 _LAYERS = {"phi3": _FUSED_LAYER, "gemma2": _GEMMA_LAYER, "gemma3": _GEMMA_LAYER}
 _TOP = {
-    "token_embd": "model.embed_tokens",  # nosec B105
+    "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }

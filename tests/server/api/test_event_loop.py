@@ -99,6 +99,7 @@ _BODY = 15 << 20  # bytes; 16 MiB are accepted
 _VALUES = 149_000  # 150,000 are accepted, keys counted
 TEXT = "wörd, " * 100_000
 DEEP: Any = json.loads('{"a":' * 30 + "[" + "{}," * _VALUES + "1]" + "}" * 30)
+DIFFERENT = {"type": "array", "uniqueItems": True, "items": {"enum": [1, 2, 3, 4, 5, 6]}}
 _ASKED = {"role": "user", "content": "h"}
 
 
@@ -145,6 +146,11 @@ POSTS: dict[str, tuple[str, Any]] = {
     "schema as a text": (
         "/v1/chat/completions",
         _chat("h", structured_outputs={"json": _objects(_BODY)}),
+    ),
+    "many schemas": ("/v1/chat/completions", _chat("h", json_schema={"allOf": [{}] * 60_000})),
+    "lists of different items": (
+        "/v1/chat/completions",
+        _chat("h", json_schema={"properties": {f"p{i}": DIFFERENT for i in range(990)}}),
     ),
     "arguments of a call": ("/v1/chat/completions", _called(_objects(1 << 20))),
     "too long arguments of a call": ("/v1/chat/completions", _called(_objects(_BODY))),

@@ -43,7 +43,7 @@ _SINGLE = (
 _IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "not", "dependentSchemas"})
 _ANYTHING: tuple[object, ...] = (True, {})
 _MAX_DEPTH = 30  # of schemas whose logic is rewritten, which makes them deeper
-_MAX_SCHEMAS = 3000  # in one, after rewriting: some 40 ms of the event loop
+_MAX_SCHEMAS = 2000  # in one, after rewriting: some 30 ms of the event loop
 _MALFORMED = (TypeError, AttributeError)  # of a keyword with an odd value, which llguidance names
 
 

@@ -76,10 +76,10 @@ class _DataOptions:
 class _RunOptions:
     device: str = flag("auto", "The device: auto, cpu, cuda, cuda:1 ...")
     threads: int | None = flag(None, "The number of CPU threads.", min=1)
-    gradient_checkpointing: bool = flag(
+    recompute_layers: bool = flag(
         False,
-        "Compute each layer twice, which takes less memory and more time.",
-        "--gradient-checkpointing",
+        "Gradient checkpointing: compute each layer twice, with less memory and more time.",
+        "--recompute-layers",
     )
     name: str | None = flag(None, "The name on the card. Default: the folder's name.")
     description: str | None = flag(None, "A sentence on the card that says what the adapter does.")
@@ -139,7 +139,7 @@ def train(
             max_len=examples.max_len,
             device=run.device,
             threads=run.threads,
-            gradient_checkpointing=run.gradient_checkpointing,
+            gradient_checkpointing=run.recompute_layers,
             name=run.name,
             description=run.description,
         )

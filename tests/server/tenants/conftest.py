@@ -164,7 +164,6 @@ def open_house(
                 base_name="tiny",
                 max_len=256,
                 max_budget_s=0.001,  # so that each job fails at once
-                max_rank=16,
             )
             return {
                 "generated": generated,

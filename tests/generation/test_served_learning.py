@@ -101,7 +101,9 @@ def test_a_sentence_alone_is_answered_by_the_adapter_that_follows_descriptions(
         "temperature": 0,
         "max_tokens": 16,
     }
-    answer = client.http.post("/v1/chat/completions", json=body).raise_for_status().json()
+    got = client.http.post("/v1/chat/completions", json=body)
+    assert got.status_code == 200, got.text
+    answer = got.json()
     name = answer["adapter"]["name"]
     assert answer["adapter"]["chosen_by"]["method"] == "multi-task"
     card = client.http.get(f"/v1/adapters/{name}").raise_for_status().json()

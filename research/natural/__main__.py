@@ -41,6 +41,7 @@ def main() -> None:
     metrics = _metrics(options.data / "score.py")
     results: dict[str, Any] = {"began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
     results.update(budget_s=options.budget, rows=options.rows, draw=options.draw)
+    kept = json.loads(options.out.read_text())["tasks"] if options.again else {}
     tasks: dict[str, dict[str, float]] = {}
     categories: dict[str, str] = {}
     results["tasks"] = tasks
@@ -51,7 +52,9 @@ def main() -> None:
             if options.tasks and task["name"] not in options.tasks:
                 continue
             categories[task["name"]] = task["category"]
-            tasks[task["name"]] = _scores(client, task, metrics[task["metric"]], options)
+            scores = kept.get(task["name"], {})
+            scores |= _scores(client, task, metrics[task["metric"]], options)
+            tasks[task["name"]] = scores
             print(task["name"], json.dumps(tasks[task["name"]]), flush=True)
             results["means"] = _means(tasks, categories)
             options.out.write_text(json.dumps(results, indent=1) + "\n")
@@ -107,20 +110,22 @@ def _scores(
     def score(body: dict[str, Any], head: Sequence[dict[str, str]] = ()) -> float:
         return mean(answers(body, head))
 
-    ((commonest, _),) = Counter(answer for _, answer in train).most_common(1)
-    of_sentence = answers({"adapter": {"description": sentence}})
-    scores = {
-        "constant": mean([commonest] * len(rows)),
-        "base": score({}),
-        "prompt": score({}, [{"role": "system", "content": sentence}]),
-        "sentence": mean(of_sentence),
-    }
-    if task["metric"] == "json_exact":
-        scores["keys"] = mean(of_sentence, lambda reply, _: _has_named_keys(reply, sentence))
+    scores: dict[str, float] = {}
+    if not options.again:
+        ((commonest, _),) = Counter(answer for _, answer in train).most_common(1)
+        of_sentence = answers({"adapter": {"description": sentence}})
+        scores = {
+            "constant": mean([commonest] * len(rows)),
+            "base": score({}),
+            "prompt": score({}, [{"role": "system", "content": sentence}]),
+            "sentence": mean(of_sentence),
+        }
+        if task["metric"] == "json_exact":
+            scores["keys"] = mean(of_sentence, lambda reply, _: _has_named_keys(reply, sentence))
     for k in options.pairs:
         head = [message for pair in train[:k] for message in _turn(*pair)]
         head[0]["content"] = f"{sentence}\n{head[0]['content']}"
-        if k <= 16:
+        if k <= 16 and not options.again:
             scores[f"turns {k}"] = score({}, head)
         pairs = [{"prompt": prompt, "answer": answer} for prompt, answer in train[:k]]
         name = f"natural-{task['name'].replace('_', '-')}-{k}-{options.draw}"
@@ -134,7 +139,8 @@ def _scores(
             client.delete(f"/v1/adapters/{name}")
         else:
             print(task["name"], k, made.text[:300])
-            scores[f"learnt {k}"] = scores[f"turns {min(k, 16)}"]  # what a chat is answered with
+            if not options.again:
+                scores[f"learnt {k}"] = scores[f"turns {min(k, 16)}"]  # which answer a chat
         if options.train:
             system = {"role": "system", "content": sentence}
             chats = [{"messages": [system, *_turn(prompt, answer)]} for prompt, answer in train[:k]]
@@ -200,6 +206,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="*", type=int, default=[16], help="Numbers of pairs.")
     parser.add_argument("--budget", type=float, default=30, help="Seconds for up to 16 pairs.")
     parser.add_argument("--rows", type=int, default=40, help="Rows of the test.")
+    parser.add_argument(
+        "--again", action="store_true", help="Only adapters from pairs; OUT keeps its other scores."
+    )
     parser.add_argument("--train", action="store_true", help="Also /v1/adapters/train.")
     parser.add_argument("--draw", type=int, default=0, help="Seed of the pairs; 0: the first ones.")
     return parser.parse_args()

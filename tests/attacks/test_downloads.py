@@ -12,7 +12,7 @@ from tests.support.bases.architectures import tiny_model
 from tests.support.bounds import broken_only_if_each_time
 from tests.support.servers.server_process import save_tiny_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
 @broken_only_if_each_time

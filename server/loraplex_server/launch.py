@@ -38,7 +38,7 @@ from .health_tracker import HealthTracker
 from .limited_http import LimitedHttp
 from .listening import allow_open_files, reachable_url
 from .running_servers import announced
-from .served_base import ServedBase, public_name, store_root
+from .served_base import ServedBase, store_root
 from .services import parts_of, start_services, stop_services
 from .settings.config import ConfigError, ServerConfig
 
@@ -60,7 +60,7 @@ def serve(
     from loraplex_server.engine.build import build_engine
     from loraplex_server.engine.defaults import host_tier_bytes
 
-    from .model.loading.pull import resolve_model
+    from .model.loading.pull import public_name, resolve_model
 
     transformers_logging.disable_progress_bar()  # the bar would mix with the log
     with contextlib.ExitStack() as closing:

@@ -45,15 +45,6 @@ def store_root(config: ServerConfig, spec: BaseSpec) -> Path:
     return config.store.root or loraplex_home() / "adapters" / spec.fingerprint[:16]
 
 
-def public_name(spec: str | None, model_path: Path) -> str:
-    """Return the Hub id or packaged name, or the last part of a folder's or file's path."""
-    from .model.loading.pull import DEFAULT_BASE
-
-    if spec is None:
-        return DEFAULT_BASE
-    return model_path.name if Path(spec).expanduser().exists() else spec
-
-
 def pooling_of_base(model_path: Path) -> PoolingPlan | None:
     """Return the pooling of a sentence-transformers model, or None.
 

@@ -140,9 +140,10 @@ def _order(
 def _here(order: AdapterGenerationRequest, place: _PlaceOptions, prompts: list[str]) -> None:
     from loraplex_generation.multi_task import MultiTaskAdapter
     from loraplex_generation.shipped import shipped_folder
-    from loraplex_server.model.loading.pull import named_base
+    from loraplex_server.model.loading.pull import public_name, resolve_model
 
-    directory, name = named_base(place.base)
+    directory = resolve_model(place.base)
+    name = public_name(place.base, directory)
     generator = MultiTaskAdapter.load(shipped_folder(), base_name=name, base_directory=directory)
     _finish(generator.generate(order), place.out, directory, prompts)
 
@@ -158,9 +159,10 @@ def _learn(
     from loraplex_generation.errors import NothingLearnt
     from loraplex_server.adapters.learning.example_learner import ExampleLearner
     from loraplex_server.learning_parts import folder_thread, generator_finder, starts_of
-    from loraplex_server.model.loading.pull import named_base
+    from loraplex_server.model.loading.pull import public_name, resolve_model
 
-    directory, name = named_base(place.base)
+    directory = resolve_model(place.base)
+    name = public_name(place.base, directory)
     thread = folder_thread(directory)
     starts = starts_of(generator_finder(name, directory))
     learner = ExampleLearner(thread, AutoTokenizer.from_pretrained(directory), name, starts)

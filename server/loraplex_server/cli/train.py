@@ -121,17 +121,17 @@ def train(
 
         loraplex train support.jsonl --out adapters/support --rank 8 --steps 300
     """
-    from loraplex_server.model.loading.pull import named_base
+    from loraplex_server.model.loading.pull import public_name, resolve_model
     from loraplex_training.config import TrainingConfig
     from loraplex_training.trainer import train as train_adapter
 
     with _errors(), _bar(str(out)) as on_step:
-        directory, base_name = named_base(base)
+        directory = resolve_model(base)
         config = TrainingConfig(
             data=data,
             out=out,
             base=directory,
-            base_name=base_name,
+            base_name=public_name(base, directory),
             shape=_shape(shape, of_family),
             schedule=_schedule(schedule),
             start=examples.start,

@@ -17,7 +17,7 @@ from loraplex_server.cli.app import app
 from loraplex_server.model.errors import ModelNotPulledError, PullError
 from loraplex_server.model.loading.pull import (
     DEFAULT_BASE,
-    named_base,
+    public_name,
     pull,
     resolve_encoder,
     resolve_model,
@@ -84,7 +84,7 @@ def test_a_model_that_was_not_pulled_is_refused_with_the_command_that_helps(
 def test_a_local_directory_is_its_own_model(empty_home: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert resolve_model(str(tmp_path)) == tmp_path
-    assert named_base(str(tmp_path)) == (tmp_path, tmp_path.name)  # adapters name no path
+    assert public_name(str(tmp_path), tmp_path) == tmp_path.name  # adapters name no path
     with pytest.raises(PullError, match=r"no \.safetensors"):
         pull(str(tmp_path))
     (tmp_path / "model.safetensors").touch()

@@ -19,8 +19,8 @@ from loraplex_server.front import build_front
 from loraplex_server.health_tracker import HealthTracker
 from loraplex_server.launch import freeze_gc, open_store, temporary_folder
 from loraplex_server.logs import set_up_logging
-from loraplex_server.model.loading.pull import resolve_model
-from loraplex_server.served_base import ServedBase, public_name
+from loraplex_server.model.loading.pull import public_name, resolve_model
+from loraplex_server.served_base import ServedBase
 from loraplex_server.services import parts_of, start_services, stop_services
 from loraplex_server.settings.api_keys import ApiKey
 from loraplex_server.settings.config import ServerConfig

@@ -44,8 +44,7 @@ from loraplex_server.logs import set_up_logging
 from loraplex_server.metrics.routing_collector import recent_loads
 from loraplex_server.model.encoder.loading import is_text_encoder
 from loraplex_server.model.errors import ModelError
-from loraplex_server.model.loading.pull import resolve_model
-from loraplex_server.served_base import public_name
+from loraplex_server.model.loading.pull import public_name, resolve_model
 from loraplex_server.services import tell
 from loraplex_server.settings.config import ServerConfig
 from loraplex_server.tenant_shares import TenantThreads

@@ -101,15 +101,15 @@ def resolve_model(spec: str | None = None) -> Path:
     raise ModelNotPulledError(f"model {spec!r} is not on this machine; run `{command}`")
 
 
-def named_base(spec: str | None) -> tuple[Path, str]:
-    """Return the directory of a base, and its name for adapters' files: no path of this machine.
+def public_name(spec: str | None, directory: Path) -> str:
+    """Return the name of a base for clients and adapters' files, without a path of this machine.
 
-    Raises ModelNotPulledError.
+    It is the Hub id or packaged name, or the last part of a folder's or file's path. ``directory``:
+    that ``resolve_model`` returned for ``spec``.
     """
-    directory = resolve_model(spec)
     if spec is None:
-        return directory, DEFAULT_BASE
-    return directory, directory.name if Path(spec).expanduser().is_dir() else spec
+        return DEFAULT_BASE
+    return directory.name if Path(spec).expanduser().exists() else spec
 
 
 def resolve_encoder() -> Path:

@@ -125,9 +125,8 @@ def _pack(
         return block_linear(blocks, biases)
     if not quantized:
         weights = [_weight(module) for module in modules]
-        if blocks:  # beside plain weights
-            return PackedLinear(weights, biases, exponent_coding=exponent_coding)
-        return PackedLinear(weights, biases, exponent_coding=exponent_coding, memory=memory)
+        own = None if blocks else memory  # blocks beside plain weights are not counted in it
+        return PackedLinear(weights, biases, exponent_coding=exponent_coding, memory=own)
     if len(quantized) < len(modules):
         raise UnsupportedBase(f"some of {', '.join(names)} are quantised and some are not")
     try:

@@ -114,9 +114,7 @@ class DescribedAdapters:
         if card is not None and (answers_chats(card) or not takes_few_shot):
             return _resolution(card, selector, result.job)
         if card is not None and serves(card) == "draft" and card.provenance["method"] == METHOD:
-            explanation = _explanation(card, selector, result.job, "turns")
-            shown = selector.examples[:MOST_TURNS]
-            return Resolution(NameRef(card.name, card.digest[:12]), explanation, shown)
+            return _resolution(card, selector, result.job, selector.examples[:MOST_TURNS])
         explanation = _explanation(card, selector, result.job, "turns", ("refinement",))
         return Resolution(None, explanation, few_shot(selector.text, selector.examples))
 
@@ -127,9 +125,16 @@ def _is_temporary(error: ApiError | StoreError) -> bool:
     return answer.status in (429, 503) or answer.code == "quota_exceeded"
 
 
-def _resolution(card: AdapterCard, selector: Description, job: str | None = None) -> Resolution:
-    explanation = _explanation(card, selector, job, serves(card) if selector.examples else None)
-    return Resolution(NameRef(card.name, card.digest[:12]), explanation)
+def _resolution(
+    card: AdapterCard,
+    selector: Description,
+    job: str | None = None,
+    turns: FewShotExamples = (),
+) -> Resolution:
+    """Return the adapter, with ``turns`` before the chat."""
+    served = "turns" if turns else serves(card) if selector.examples else None
+    explanation = _explanation(card, selector, job, served)
+    return Resolution(NameRef(card.name, card.digest[:12]), explanation, turns)
 
 
 def _explanation(

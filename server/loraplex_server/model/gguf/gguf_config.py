@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from loraplex_server.model.errors import ModelError
 
@@ -52,8 +52,8 @@ def config_of(file: GgufFile) -> dict[str, Any]:
 
     Raises ModelError for an unknown architecture or missing values, by name.
     """
-    build = _ARCHITECTURES.get(file.architecture)
-    if build is None:
+    architecture = _ARCHITECTURES.get(file.architecture)
+    if architecture is None:
         raise ModelError(
             f"{str(file.path)!r} has the architecture {file.architecture!r}; these are served from "
             f"GGUF: {', '.join(_ARCHITECTURES)}. Serve the model's safetensors instead"
@@ -73,7 +73,9 @@ def config_of(file: GgufFile) -> dict[str, Any]:
     }
     for ours, theirs in _TOKENS.items():
         config[theirs] = file.metadata.get(f"tokenizer.ggml.{ours}")
-    return config | build(data, config)
+    config["model_type"] = architecture.model_type
+    config["architectures"] = [architecture.model_class]
+    return config | architecture.own_fields(data, config)
 
 
 def _rope(file: GgufFile, data: _Metadata) -> dict[str, Any]:
@@ -113,30 +115,16 @@ def _llama3_scaling(file: GgufFile) -> dict[str, Any]:
     }
 
 
-def _llama(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-
-
-def _qwen2(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-
-
-def _qwen3(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+def _nothing(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
 
 
 def _smollm3(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "model_type": "smollm3",
-        "architectures": ["SmolLM3ForCausalLM"],
-        "no_rope_layer_interval": 4,
-    }
+    return {"no_rope_layer_interval": 4}
 
 
 def _granite(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "model_type": "granite",
-        "architectures": ["GraniteForCausalLM"],
         "embedding_multiplier": data.real("embedding_scale", 1.0),
         "residual_multiplier": data.real("residual_scale", 1.0),
         "attention_multiplier": data.real("attention.scale", config["head_dim"] ** -0.5),
@@ -149,8 +137,6 @@ def _phi3(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     rope = dict(config["rope_parameters"])
     rope["partial_rotary_factor"] = data.get("rope.dimension_count", head_dim) / head_dim
     return {
-        "model_type": "phi3",
-        "architectures": ["Phi3ForCausalLM"],
         "rope_parameters": rope,
         "head_dim": head_dim,
         "sliding_window": data.get("attention.sliding_window", 0) or None,
@@ -162,16 +148,12 @@ def _phi3(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "model_type": "gemma",
-        "architectures": ["GemmaForCausalLM"],
         "hidden_act": "gelu_pytorch_tanh",
     }
 
 
 def _gemma2(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "model_type": "gemma2",
-        "architectures": ["Gemma2ForCausalLM"],
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": _query_scalar(config, layers_of_27b=46),
         "sliding_window": data.get("attention.sliding_window", 4096),
@@ -182,8 +164,6 @@ def _gemma2(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma3(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "model_type": "gemma3_text",
-        "architectures": ["Gemma3ForCausalLM"],
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": _query_scalar(config, layers_of_27b=62),
         "sliding_window": data.get("attention.sliding_window", 1024),
@@ -201,14 +181,22 @@ def _query_scalar(config: Mapping[str, Any], *, layers_of_27b: int) -> int:
     return int(config["head_dim"])
 
 
-_ARCHITECTURES: Mapping[str, Callable[[_Metadata, Mapping[str, Any]], dict[str, Any]]] = {
-    "llama": _llama,  # and Mistral, SmolLM2
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "smollm3": _smollm3,
-    "granite": _granite,
-    "phi3": _phi3,
-    "gemma": _gemma,
-    "gemma2": _gemma2,
-    "gemma3": _gemma3,
+class _Architecture(NamedTuple):
+    """The classes of an architecture in transformers, and the fields that it alone has."""
+
+    model_type: str
+    model_class: str
+    own_fields: Callable[[_Metadata, Mapping[str, Any]], dict[str, Any]]
+
+
+_ARCHITECTURES: Mapping[str, _Architecture] = {
+    "llama": _Architecture("llama", "LlamaForCausalLM", _nothing),  # and Mistral, SmolLM2
+    "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", _nothing),
+    "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM", _nothing),
+    "smollm3": _Architecture("smollm3", "SmolLM3ForCausalLM", _smollm3),
+    "granite": _Architecture("granite", "GraniteForCausalLM", _granite),
+    "phi3": _Architecture("phi3", "Phi3ForCausalLM", _phi3),
+    "gemma": _Architecture("gemma", "GemmaForCausalLM", _gemma),
+    "gemma2": _Architecture("gemma2", "Gemma2ForCausalLM", _gemma2),
+    "gemma3": _Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3),
 }

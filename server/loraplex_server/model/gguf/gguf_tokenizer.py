@@ -32,7 +32,7 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How text is cut before merges: a pattern, or whether each digit is a piece of its own.
+# Text is cut before merges, by a pattern or in the usual way; True makes each digit a piece.
 _CUTS: Mapping[str, str | bool] = {
     "default": False,
     "gpt-2": False,

@@ -53,8 +53,7 @@ def main() -> None:
                 continue
             categories[task["name"]] = task["category"]
             scores = kept.get(task["name"], {})
-            scores |= _scores(client, task, metrics[task["metric"]], options)
-            tasks[task["name"]] = scores
+            tasks[task["name"]] = _scores(client, task, metrics[task["metric"]], options, scores)
             print(task["name"], json.dumps(tasks[task["name"]]), flush=True)
             results["means"] = _means(tasks, categories)
             options.out.write_text(json.dumps(results, indent=1) + "\n")
@@ -90,8 +89,13 @@ def _means(
 
 
 def _scores(
-    client: httpx.Client, task: dict[str, Any], metric: Metric, options: argparse.Namespace
+    client: httpx.Client,
+    task: dict[str, Any],
+    metric: Metric,
+    options: argparse.Namespace,
+    kept: dict[str, float],
 ) -> dict[str, float]:
+    """Return the score of each arm. ``kept``: scores of arms that are not asked again."""
     rng = random.Random(options.draw)
     train = list(map(tuple, task["train"]))
     if options.draw:
@@ -110,8 +114,8 @@ def _scores(
     def score(body: dict[str, Any], head: Sequence[dict[str, str]] = ()) -> float:
         return mean(answers(body, head))
 
-    scores: dict[str, float] = {}
-    if not options.again:
+    scores = dict(kept)
+    if not scores:
         ((commonest, _),) = Counter(answer for _, answer in train).most_common(1)
         of_sentence = answers({"adapter": {"description": sentence}})
         scores = {
@@ -125,7 +129,7 @@ def _scores(
     for k in options.pairs:
         head = [message for pair in train[:k] for message in _turn(*pair)]
         head[0]["content"] = f"{sentence}\n{head[0]['content']}"
-        if k <= 16 and not options.again:
+        if k <= 16 and f"turns {k}" not in scores:
             scores[f"turns {k}"] = score({}, head)
         pairs = [{"prompt": prompt, "answer": answer} for prompt, answer in train[:k]]
         name = f"natural-{task['name'].replace('_', '-')}-{k}-{options.draw}"
@@ -139,8 +143,7 @@ def _scores(
             client.delete(f"/v1/adapters/{name}")
         else:
             print(task["name"], k, made.text[:300])
-            if not options.again:
-                scores[f"learnt {k}"] = scores[f"turns {min(k, 16)}"]  # which answer a chat
+            scores[f"learnt {k}"] = scores[f"turns {min(k, 16)}"]  # which answer a chat
         if options.train:
             system = {"role": "system", "content": sentence}
             chats = [{"messages": [system, *_turn(prompt, answer)]} for prompt, answer in train[:k]]

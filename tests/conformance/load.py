@@ -142,3 +142,23 @@ async def _ask_head(client: httpx.AsyncClient, question: Question) -> Answer:
     if answer.status_code != 200:
         return Answer(answer.status_code, answer.text)
     return Answer(200, logits=answer.json()["data"][0][name])
+
+
+async def ask_alone_and_together(
+    client: httpx.AsyncClient, folder: Path, names: Sequence[str], prompts: Sequence[str]
+) -> tuple[list[Answer], dict[str, list[Answer]]]:
+    """Upload the adapters ``names`` of ``folder`` and ask each, and the base, all prompts.
+
+    Return the base's answers while nobody else asks, and all answers at once by adapter; "" is the
+    base.
+    """
+    for name in names:
+        put = await put_upload(client, name, folder / name)
+        assert put.status == 201, f"{name}: {put.message}"
+    alone = await ask_all(client, [Question(prompt, echo=True) for prompt in prompts])
+    asked = [(name, prompt) for name in ("", *names) for prompt in prompts]
+    questions = [Question(prompt, name or None, echo=True) for name, prompt in asked]
+    together: dict[str, list[Answer]] = {"": [], **{name: [] for name in names}}
+    for (name, _), answer in zip(asked, await ask_all(client, questions), strict=True):
+        together[name].append(answer)
+    return alone, together

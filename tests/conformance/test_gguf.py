@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from loraplex_server.model.loading.pull import resolve_model
 from tests.conformance.base_rows import BASE_ROWS
 from tests.conformance.judge import difference, explain
-from tests.conformance.load import Answer, Question, ask_all, put_upload
+from tests.conformance.load import Answer, Question, ask_alone_and_together
 from tests.conformance.oracle import load_base, logprobs_along, make_peft, sharing_copy
 from tests.conformance.peft_row import PeftRow, moved
 from tests.conformance.tiny_base import save_base, serving
@@ -190,14 +190,4 @@ async def _serve(
     """Return the base's answers alone, and all answers together, by adapter; "": the base."""
     base = resolve_model(str(file))
     async with serving(base, folder / "state", dtype=dtype) as client:
-        for name in names:
-            put = await put_upload(client, name, folder / name)
-            assert put.status == 201, f"{name}: {put.message}"
-        alone = await ask_all(client, [Question(prompt, echo=True) for prompt in _PROMPTS])
-        asked = [(name, prompt) for name in ("", *names) for prompt in _PROMPTS]
-        questions = [Question(prompt, name or None, echo=True) for name, prompt in asked]
-        given = await ask_all(client, questions)
-    together: dict[str, list[Answer]] = {"": [], **{name: [] for name in names}}
-    for (name, _), answer in zip(asked, given, strict=True):
-        together[name].append(answer)
-    return alone, together
+        return await ask_alone_and_together(client, folder, names, _PROMPTS)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from tests.conformance.base_rows import BASE_ROWS
 from tests.conformance.expert_rows import EXPERT_ROWS
 from tests.conformance.judge import explain
-from tests.conformance.load import Answer, Question, ask_all, put_upload
+from tests.conformance.load import Answer, Question, ask_alone_and_together
 from tests.conformance.oracle import load_base, make_peft, patched, sharing_copy
 from tests.conformance.own_row import Random
 from tests.conformance.peft_row import PeftRow, moved
@@ -155,14 +155,4 @@ async def _serve(base: Path, folder: Path, names: list[str], case: _Case) -> _Se
         tensor_parallel_size=case.n_ranks,
     ) as client:
         models = (await client.get("/v1/models")).json()["data"]
-        for name in names:
-            put = await put_upload(client, name, folder / name)
-            assert put.status == 201, f"{name}: {put.message}"
-        alone = await ask_all(client, [Question(prompt, echo=True) for prompt in _PROMPTS])
-        asked = [(name, prompt) for name in ("", *names) for prompt in _PROMPTS]
-        questions = [Question(prompt, name or None, echo=True) for name, prompt in asked]
-        given = await ask_all(client, questions)
-    together: dict[str, list[Answer]] = {"": [], **{name: [] for name in names}}
-    for (name, _), answer in zip(asked, given, strict=True):
-        together[name].append(answer)
-    return _Served(models, alone, together)
+        return _Served(models, *await ask_alone_and_together(client, folder, names, _PROMPTS))

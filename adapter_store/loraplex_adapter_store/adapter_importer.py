@@ -235,8 +235,8 @@ class AdapterImporter:
         try:
             return self._changes.point(name, content, ingested.reading.report, options)
         except (StoreError, sqlite3.Error) as error:
-            # After an I/O error the change may survive in SQLite's log, where the next start finds
-            # it. So the files stay; a start that does not find the change deletes them.
+            # SQLite's log may hold the change even after an I/O error, and the next start would
+            # find it there. So the files stay; a start that does not find the change deletes them.
             is_undone = not getattr(error, "sqlite_errorname", "").startswith("SQLITE_IOERR")
             if is_undone and not was_there:
                 with state.writing:

@@ -64,7 +64,7 @@ class BaseSpec:
     conv1d: frozenset[str]  # modules whose weight is stored as [in, out] (GPT-2)
     input_embedding: str  # module name, as "model.embed_tokens"
     output_head: str  # module name, as "lm_head"
-    # Of an encoder: the linear of the labels, as "classifier.out_proj", which is in no field above.
+    # The linear of an encoder's labels, such as "classifier.out_proj". No field above has it.
     classifier: str = ""
     # Linears that only some of transformers' classes of this base have, as an encoder's pooler.
     optional: frozenset[str] = frozenset()

@@ -35,7 +35,7 @@ class Outcome:
     logprobs: list[Tensor] = field(default_factory=list)
     """Log-probabilities of each datum's targets, float32 [n] on the CPU; 0 without a loss."""
     right: list[bool] = field(default_factory=list)
-    """For each datum, whether greedy decoding gives its targets where there is a loss."""
+    """One flag a datum: True if greedy decoding gives all of its targets that have a loss."""
     n_right: int = 0  # targets with a loss that greedy decoding gives
 
 
@@ -81,7 +81,8 @@ class TrainingEngine:
     ) -> None:
         batch = pack([data for _, data in pieces], self.model.device)
         adapters = [works[i].adapter for i, _ in pieces]
-        # Before the adapters' own states, since layers that are computed again read the segments.
+        # This comes before the adapters' own states: layers that are computed again in the backward
+        # read the segments of the last forward.
         base = self._base_states(batch, adapters) if backward else None
         hidden = self.model.hidden(batch, adapters, learning=backward)
         answers = hidden.index_select(0, batch.answers)

@@ -2,6 +2,7 @@
 
 ApiError                     status + {"error": {"message", "type", "param", "code"}}
 ├── from_engine(error)       EngineError → 400, 429, 500 or 503
+├── from_image(error)        ImageRefused → 400 or 413
 ├── from_store(error)        StoreError → 400, 403, 404, 409, 412, 413, 422 or 503
 └── from_unexpected(error)   anything else → 503 if a retry may help, else 500
 """
@@ -18,6 +19,7 @@ from loraplex_adapter_store import errors as store_errors
 from loraplex_generation import errors as generator_errors
 from loraplex_server.engine import errors as engine_errors
 from loraplex_server.health_tracker import kind_of_failure, part_of
+from loraplex_server.images import ImageRefused
 
 from .settings.api_keys import EVERY_ADAPTER, AdapterAccess
 
@@ -132,6 +134,12 @@ def from_engine(error: engine_errors.EngineError, *, prompt_param: str | None = 
             return unavailable(str(error) or "the engine has stopped", "engine_dead")
         case _:
             return ApiError(500, f"the engine failed: {error}", code="engine_error")
+
+
+def from_image(error: ImageRefused, param: str) -> ApiError:
+    """Convert the refusal of an image. ``param`` is the field of the image."""
+    status = 413 if error.code == "image_too_large" else 400
+    return ApiError(status, str(error), code=error.code, param=param)
 
 
 def from_store(

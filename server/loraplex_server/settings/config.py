@@ -15,6 +15,7 @@ from loraplex_adapter_store.catalogue.bucket import check_url
 from loraplex_adapter_store.catalogue.freshness import CatalogueLimits
 from loraplex_adapter_store.sources.prefix import SourcePrefix
 from loraplex_server.engine.config import EngineConfig
+from loraplex_server.images import ImageLimits
 from loraplex_server.options import Bytes, Options, Panel, Paths, Seconds, Texts, option
 
 from .api_keys import ApiKey
@@ -108,6 +109,16 @@ class HttpConfig(Options, panel=Panel.HTTP):
         ge=1,
         le=MAX_INPUTS,
     )
+    max_images: int = option(32, "Accept at most this number of images in a request.", ge=1)
+    max_image_bytes: Bytes = option(
+        10 << 20, "Accept images up to this number of bytes each.", name="max_image_size"
+    )
+    max_image_pixels: int = option(
+        16 << 20,
+        "Accept images up to this number of pixels each: width times height.",
+        ge=1,
+        le=1 << 26,
+    )
     drain_timeout_s: Seconds = option(
         30.0,
         "Let running requests finish for this number of seconds after SIGTERM.",
@@ -135,6 +146,10 @@ class HttpConfig(Options, panel=Panel.HTTP):
     def writes_open(self) -> bool:
         """True if adapters may be changed without a key: only this machine can connect."""
         return not self.api_keys and is_loopback(self.host)
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        return ImageLimits(self.max_image_bytes, self.max_image_pixels, self.max_images)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

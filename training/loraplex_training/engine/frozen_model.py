@@ -17,10 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loraplex_training.errors import TrainingError
 
 from .adapter import LearningAdapter
+from .attention import attend
 from .head import OutputHead, head_settings
-from .packed_batch import PackedBatch, Rows
+from .packed_batch import PackedBatch
 from .routed_experts import RoutedMlp, RoutedRows
 from .segmented_lora import GroupedLinear, LinearOfGroup, Segment
+from .weight_cache import WeightCache
 
 _ATTENTION = "loraplex_training"
 _SLOT = "loraplex_training_batch"
@@ -89,10 +91,12 @@ class FrozenModel:
         self.linears: dict[str, tuple[int, int]] = {}
         """The linears that adapters may have: name → (in, out) features."""
         self._groups = []
+        self._weights, self._cache = weights, WeightCache(dtype)
         for names, sizes in weights.groups.items():
             bias = weights.bias(names)
             bias = None if bias is None else bias.to(self.device, dtype)
-            group = GroupedLinear(names, sizes, weights.linear(names), bias, rest)
+            read = self._cache.reader(weights.linear(names))
+            group = GroupedLinear(names, sizes, read, bias, rest)
             self._groups.append(group)
             for i, (name, n_out) in enumerate(zip(names, sizes, strict=True)):
                 self.linears[name] = _in_features(self._model.get_submodule(name)), n_out
@@ -100,7 +104,7 @@ class FrozenModel:
         scale, cap = head_settings(text)
         head_bias = weights.bias((weights.head,))
         self.head = OutputHead(
-            weights.linear((weights.head,)),
+            self._cache.reader(weights.linear((weights.head,))),
             rest,
             None if head_bias is None else head_bias.to(self.device),
             scale,
@@ -153,6 +157,10 @@ class FrozenModel:
         states: Tensor = output.last_hidden_state.squeeze(0)
         return states
 
+    def release(self) -> None:
+        """Release the weights that are cached from one batch to the next."""
+        self._cache.clear()
+
     def router_logits(self, segment: tuple[int, int]) -> list[Tensor]:
         """Return the last forward's router logits of a segment's tokens, of each MLP."""
         return [mlp.logits[segment[0]] for mlp in self.mlps.values()]
@@ -160,7 +168,8 @@ class FrozenModel:
     def weight(self, name: str) -> Tensor:
         """Return a float32 copy of a linear's weight [out, in]."""
         group = next(group for group in self._groups if name in group.names)
-        return group.read()[group.parts[group.names.index(name)]].float().clone()
+        weights = self._weights.linear(group.names)()
+        return weights[group.parts[group.names.index(name)]].float().clone()
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """Return the embeddings as the base's own module scales them."""
@@ -241,48 +250,8 @@ def _attention(
     scale = settings.get("scaling")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    outs = [
-        _attend(rows, q, k, v, scale, settings.get("sliding_window"), settings.get("softcap"))
-        for rows in batch.rows
-    ]
-    together = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return together.index_select(0, batch.order)[None], None
-
-
-def _attend(
-    rows: Rows,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Return the attention of padded queries, [n · q_len, heads, head_dim]."""
-    n = len(rows.starts)
-    qs = q.index_select(0, rows.queries).view(n, rows.q_len, *q.shape[1:]).transpose(1, 2)
-    ks, vs = (
-        t.index_select(0, rows.keys).view(n, rows.k_len, *t.shape[1:]).transpose(1, 2)
-        for t in (k, v)
-    )
-    device = q.device
-    at = rows.starts[:, None, None] + torch.arange(rows.q_len, device=device)[None, :, None]
-    keys = torch.arange(rows.k_len, device=device)[None, None, :]
-    mask = keys <= at
-    if window is not None:
-        mask = mask & (keys > at - window)
-    mask = mask[:, None]
-    if softcap is None:
-        out = functional.scaled_dot_product_attention(
-            qs, ks, vs, attn_mask=mask, scale=scale, enable_gqa=qs.shape[1] != ks.shape[1]
-        )
-    else:
-        n_shared = qs.shape[1] // ks.shape[1]
-        ks, vs = ks.repeat_interleave(n_shared, 1), vs.repeat_interleave(n_shared, 1)
-        scores = (qs @ ks.transpose(2, 3)).float() * scale
-        scores = (scores / softcap).tanh() * softcap
-        out = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(vs.dtype) @ vs
-    return out.transpose(1, 2).reshape(n * rows.q_len, q.shape[1], v.shape[2])
+    window, softcap = settings.get("sliding_window"), settings.get("softcap")
+    return attend(batch, q, k, v, scale, window, softcap)[None], None
 
 
 class _FastNorm(nn.Module):

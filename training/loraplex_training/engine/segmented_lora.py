@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-_PRODUCTS_OF_A_PIECE = 1 << 28  # multiplications, which take a core some milliseconds
+_PRODUCTS_OF_A_PIECE = 1 << 29  # multiplications, which take a core some milliseconds
 _LEAST_ROWS = 32  # of a piece, because each piece reads all weights
 
 
@@ -109,7 +109,7 @@ class LinearOfGroup(nn.Module):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: GroupedLinear, *factors: Tensor) -> Tensor:
-        y = in_pieces(lambda rows, w: rows @ w.t(), x, group.read, group.rest)
+        y = in_pieces(x, group.read().t(), group.rest)
         narrow = [factor.to(x.dtype) for factor in factors]
         inner, ungained = [], []
         for each in _members(group, group.segments, narrow):
@@ -141,7 +141,7 @@ class _Product(torch.autograd.Function):
                     part.mul_(each.gain)
         gx: Tensor | None = None
         if ctx.needs_input_grad[0]:  # not below the lowest adapted layer
-            gx = in_pieces(torch.matmul, grad, group.read, group.rest)
+            gx = in_pieces(grad, group.read(), group.rest)
         of_gains = iter(gain_grads)
         factor_grads: list[Tensor] = []
         for each in members:
@@ -173,20 +173,11 @@ def _members(
             yield _Member(rows, group.parts[i], name, segment, a, b, gain)
 
 
-def in_pieces(
-    product: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    read: Callable[[], Tensor],
-    rest: Callable[[], None],
-) -> Tensor:
-    """Return ``product`` of the rows of ``x`` [T, n] with the weights, in ``x``'s dtype."""
-    rest()
-    weights = read().to(x.dtype)
+def in_pieces(x: Tensor, weights: Tensor, rest: Callable[[], None]) -> Tensor:
+    """Return ``x`` [T, n] times ``weights`` [n, m], in pieces with a rest before each."""
     n = max(_LEAST_ROWS, _PRODUCTS_OF_A_PIECE // weights.numel())
-    if len(x) <= n:
-        return product(x, weights)
-    parts = []
-    for part in torch.split(x, n):
+    y = x.new_empty(len(x), weights.shape[1])
+    for part, out in zip(torch.split(x, n), torch.split(y, n), strict=True):
         rest()
-        parts.append(product(part, weights))
-    return torch.cat(parts)
+        torch.mm(part, weights, out=out)
+    return y

@@ -19,6 +19,7 @@ from .low_priority import yield_to_serving
 
 _T = TypeVar("_T")
 _SPEED_LASTS_S = 60.0
+_IDLE_S = 5.0  # without calls, after which cached weights are released
 
 
 class Speed(NamedTuple):
@@ -160,7 +161,7 @@ class TrainingThread:
     def _loop(self) -> None:
         yield_to_serving(self._n_threads)
         engine: TrainingEngine | None = None
-        while calls := self._next():
+        while calls := self._next(engine):
             try:
                 if engine is None:
                     engine = self._make_engine(self._rest)
@@ -206,15 +207,20 @@ class TrainingThread:
         for call, outcome in zip(calls, outcomes, strict=True):
             call.future.set_result(outcome)
 
-    def _next(self) -> list[_Call]:
-        """Wait for calls and return those of the next batch; none once the thread is closed."""
+    def _next(self, engine: TrainingEngine | None) -> list[_Call]:
+        """Wait for calls and return those of the next batch; none once the thread is closed.
+
+        ``engine`` releases memory after some seconds without a call.
+        """
         with self._changed:
             while True:
                 if self._closed.is_set():
                     return []
                 if calls := self._taken():
                     return calls
-                self._changed.wait()
+                if not self._changed.wait(_IDLE_S if engine else None) and engine:
+                    engine.release()
+                    engine = None
 
     def _taken(self) -> list[_Call]:
         taken: list[_Call] = []

@@ -11,7 +11,7 @@ RECIPES: Mapping[str, int] = {  # name → the saved rank, in trained ranks
     **dict.fromkeys(("lora-pro", "lora-sb", "sora"), 1),
     **dict.fromkeys(("ba-lora", "kasa", "lora-ga"), 2),  # with what was subtracted from the base
 }
-FAMILIES = ("lora", "dora", "block-lora", "mixlora")
+FAMILIES = ("lora", "dora", "block-lora", "mixlora", "prefix")
 _STORED_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -56,6 +56,24 @@ class BlockShape:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixShape:
+    """The settings of prefix tuning alone."""
+
+    n_tokens: int = 16  # virtual tokens
+
+    def __post_init__(self) -> None:
+        if self.n_tokens < 1:
+            raise ShapeError("prefix", f"n_tokens is {self.n_tokens}; it must be at least 1")
+
+
+_PARTS: Mapping[str, type] = {
+    "experts": ExpertShape,
+    "blocks": BlockShape,
+    "prefix": PrefixShape,
+}
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterShape:
     """The modules and the size of an adapter. Raises ShapeError."""
 
@@ -70,6 +88,7 @@ class AdapterShape:
     stored_dtype: str = "float16"  # of the tensors on disk
     experts: ExpertShape | None = None  # for mixlora
     blocks: BlockShape | None = None  # for block-lora
+    prefix: PrefixShape | None = None  # for prefix
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -109,27 +128,28 @@ class AdapterShape:
             raise ShapeError("experts", f"experts are for family mixlora, not for {family}")
         if self.blocks is not None and family != "block-lora":
             raise ShapeError("blocks", f"blocks are for family block-lora, not for {family}")
-        if self.dropout and family == "dora":
-            raise ShapeError("dropout", "dora is trained without dropout; leave it out")
-        if family not in ("block-lora", "mixlora"):
+        if self.prefix is not None and family != "prefix":
+            raise ShapeError("prefix", f"prefix is for family prefix, not for {family}")
+        if self.dropout and family in ("dora", "prefix"):
+            raise ShapeError("dropout", f"{family} is trained without dropout; leave it out")
+        if family not in ("block-lora", "mixlora", "prefix"):
             return
         if self.layers is not None:
             raise ShapeError("layers", f"{family} adapts every layer; leave the layers out")
         if self.rslora:
             raise ShapeError("rslora", f"{family} is scaled by alpha / rank; leave rsLoRA out")
-        if family == "mixlora" and tuple(self.targets) != ("all-linear",):
-            raise ShapeError("targets", "mixlora adapts all-linear; leave the targets out")
+        if family != "block-lora" and tuple(self.targets) != ("all-linear",):
+            raise ShapeError("targets", f"{family} chooses its modules; leave the targets out")
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> "AdapterShape":
         """Return the shape that ``settings()`` describes."""
-        parts = {"experts": ExpertShape, "blocks": BlockShape}
-        nested = {key: parts[key](**settings[key]) for key in parts.keys() & settings.keys()}
+        nested = {key: _PARTS[key](**settings[key]) for key in _PARTS.keys() & settings.keys()}
         return cls(**{**settings, **nested})
 
     def settings(self) -> dict[str, object]:
         """Return the shape as JSON values, without the settings of other families."""
-        absent = {name for name in ("experts", "blocks") if getattr(self, name) is None}
+        absent = {name for name in _PARTS if getattr(self, name) is None}
         absent |= {"recipe"} if self.recipe == PLAIN else set()
         return {key: value for key, value in asdict(self).items() if key not in absent}
 

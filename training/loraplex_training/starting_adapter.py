@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from .config import AdapterShape, BlockShape, ExpertShape
+from .config import AdapterShape, BlockShape, ExpertShape, PrefixShape
 from .engine.adapter import CONFIG, WEIGHTS
 from .errors import TrainingError
 
@@ -59,6 +59,12 @@ def _scale_and_routing(shape: AdapterShape) -> list[tuple[str, object, str]]:
         ],
     }
     peft_type = {"dora": "LORA"}.get(shape.family, shape.family.replace("-", "_").upper())
+    if shape.family == "prefix":
+        n_tokens = (shape.prefix or PrefixShape()).n_tokens
+        return [
+            ("peft_type", "PREFIX_TUNING", "its --family"),
+            ("num_virtual_tokens", n_tokens, "--virtual-tokens {}"),
+        ]
     return [
         ("peft_type", peft_type, "its --family"),
         ("use_dora", shape.family == "dora", "its --family"),

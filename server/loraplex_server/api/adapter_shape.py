@@ -1,7 +1,14 @@
 """The shape of an adapter that a request asks to train."""
 
 from loraplex_server.errors import invalid
-from loraplex_training.config import RECIPES, AdapterShape, BlockShape, ExpertShape, ShapeError
+from loraplex_training.config import (
+    RECIPES,
+    AdapterShape,
+    BlockShape,
+    ExpertShape,
+    PrefixShape,
+    ShapeError,
+)
 
 from .protocol.training_shape import TrainingShape
 
@@ -22,6 +29,7 @@ def requested_shape(body: TrainingShape, max_rank: int) -> AdapterShape:
             alpha=2.0 * rank if body.alpha is None else body.alpha,
             experts=None if body.experts is None else ExpertShape(**body.experts.model_dump()),
             blocks=None if body.blocks is None else BlockShape(**body.blocks.model_dump()),
+            prefix=None if body.prefix is None else PrefixShape(**body.prefix.model_dump()),
         )
     except ShapeError as error:
         raise invalid(str(error), error.field) from error

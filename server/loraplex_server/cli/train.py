@@ -47,6 +47,7 @@ class _FamilyOptions:
     )
     blocks: int = flag(4, "Number of blocks of a factor, for block-lora.", min=1)
     block_axis: str = flag("rank", "Axis that block-lora cuts: rank or feature.")
+    virtual_tokens: int = flag(16, "Number of virtual tokens, for prefix.", min=1)
 
 
 @dataclass(frozen=True)
@@ -151,15 +152,17 @@ def train(
 
 
 def _shape(shape: _ShapeOptions, family: _FamilyOptions) -> AdapterShape:
-    from loraplex_training.config import AdapterShape, BlockShape, ExpertShape
+    from loraplex_training.config import AdapterShape, BlockShape, ExpertShape, PrefixShape
 
-    experts = blocks = None
+    experts = blocks = prefix = None
     if shape.family == "mixlora":
         experts = ExpertShape(
             family.experts, family.top_k, family.balance, family.balance_coefficient
         )
     elif shape.family == "block-lora":
         blocks = BlockShape(family.blocks, family.block_axis)
+    elif shape.family == "prefix":
+        prefix = PrefixShape(family.virtual_tokens)
     return AdapterShape(
         family=shape.family,
         recipe=shape.recipe,
@@ -172,6 +175,7 @@ def _shape(shape: _ShapeOptions, family: _FamilyOptions) -> AdapterShape:
         stored_dtype=shape.dtype,
         experts=experts,
         blocks=blocks,
+        prefix=prefix,
     )
 
 

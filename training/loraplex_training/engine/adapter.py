@@ -146,6 +146,11 @@ class LearningAdapter:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     @property
+    def prefix(self) -> Tensor | None:
+        """Keys and values of virtual tokens [n, layers, 2, kv heads, head_dim], or None."""
+        return None
+
+    @property
     def experts(self) -> Mapping[str, Experts]:
         """The routed experts on MLPs, by the MLPs' names, or nothing."""
         return {}

@@ -22,6 +22,8 @@ def attend(
 ) -> Tensor:
     """Return the attention [T, heads, head_dim] of queries [T, heads, head_dim].
 
+    Keys and values, [n, kv heads, head_dim], are of virtual tokens and of the batch behind them.
+
     ``window``: the number of keys that a query sees at most. ``softcap``: scores are
     softcap · tanh(score / softcap).
     """

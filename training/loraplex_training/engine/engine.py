@@ -83,11 +83,13 @@ class TrainingEngine:
         outcomes: list[Outcome],
         backward: bool,
     ) -> None:
-        batch = pack([data for _, data in pieces], self.model.device)
         adapters = [works[i].adapter for i, _ in pieces]
+        data_of_each = [data for _, data in pieces]
+        n_virtual = [0 if a.prefix is None else len(a.prefix) for a in adapters]
+        batch = pack(data_of_each, self.model.device, n_virtual)
         # This comes before the adapters' own states: layers that are computed again in the backward
         # read the segments of the last forward.
-        base = self._base_states(batch, adapters) if backward else None
+        base = self._base_states(data_of_each, adapters) if backward else None
         hidden = self.model.hidden(batch, adapters, learning=backward)
         answers = hidden.index_select(0, batch.answers)
         of_answers, hits = self.model.head.logprobs(answers, batch.targets)
@@ -119,11 +121,12 @@ class TrainingEngine:
             torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
     def _base_states(
-        self, batch: PackedBatch, adapters: Sequence[LearningAdapter]
+        self, data: Sequence[Sequence[Datum]], adapters: Sequence[LearningAdapter]
     ) -> Tensor | None:
         """Return the base's states at the answers if an adapter has a penalty, which needs them."""
         if all(adapter.penalty is None for adapter in adapters):
             return None
+        batch = pack(data, self.model.device)
         with torch.no_grad():
             states = self.model.hidden(batch, [LearningAdapter(a.shape, {}) for a in adapters])
         return states.index_select(0, batch.answers)

@@ -16,10 +16,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraplex_training.errors import TrainingError
 
-from .adapter import LearningAdapter
+from .adapter import LearningAdapter, LoraShape
 from .attention import attend
+from .data import Datum
 from .head import OutputHead, head_settings
-from .packed_batch import PackedBatch
+from .packed_batch import PackedBatch, pack
 from .routed_experts import RoutedMlp, RoutedRows
 from .segmented_lora import GroupedLinear, LinearOfGroup, Segment
 from .weight_cache import WeightCache
@@ -54,9 +55,11 @@ class BaseWeights(Protocol):
 
 
 class _Held:
-    """The batch that the attention modules see."""
+    """What the attention modules see of a batch."""
 
     batch: PackedBatch
+    prefix: Tensor | None = None  # of all adapters [n, layers, 2, kv heads, head_dim]
+    seen: list[tuple[Tensor, Tensor]] | None = None  # keys and values of the layers, if asked for
 
 
 class FrozenModel:
@@ -131,6 +134,8 @@ class FrozenModel:
         ``learning``: with dropout, for a backward.
         """
         self._held.batch = batch
+        prefixes = [a.prefix for a in adapters if a.prefix is not None]
+        self._held.prefix = torch.cat(prefixes) if prefixes else None
         for group in self._groups:
             group.segments, group.factors = [], []
         for mlp in self.mlps.values():
@@ -160,6 +165,23 @@ class FrozenModel:
     def release(self) -> None:
         """Release the weights that are cached from one batch to the next."""
         self._cache.clear()
+
+    @torch.no_grad()
+    def keys_and_values(self, tokens: Tensor) -> Tensor:
+        """Return what the base's attention keeps of tokens [n]: [n, layers, 2, kv heads, head_dim].
+
+        Raises TrainingError if the layers differ in their sizes.
+        """
+        datum = Datum(tokens, tokens, torch.ones(len(tokens)))
+        self._held.seen = []
+        try:
+            self.hidden(pack([[datum]], self.device), [LearningAdapter(LoraShape(), {})])
+            layers = [torch.stack(each, 1) for each in self._held.seen]
+        finally:
+            self._held.seen = None
+        if len({each.shape for each in layers}) != 1:
+            raise TrainingError("the layers of this base keep keys of several sizes")
+        return torch.stack(layers, 1).float()
 
     def router_logits(self, segment: tuple[int, int]) -> list[Tensor]:
         """Return the last forward's router logits of a segment's tokens, of each MLP."""
@@ -243,10 +265,16 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
 ) -> tuple[Tensor, None]:
     """Map [1, heads, T, head_dim] to [1, T, heads, head_dim], as transformers calls it."""
-    batch: PackedBatch = getattr(module, _SLOT).batch
+    held: _Held = getattr(module, _SLOT)
+    batch = held.batch
     if settings.get("s_aux") is not None:
         raise TrainingError(_SINKS)
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+    if held.seen is not None:
+        held.seen.append((k, v))
+    if held.prefix is not None:
+        own = held.prefix[:, module.layer_idx].to(k.dtype)  # type: ignore[index]
+        k, v = torch.cat([own[:, 0], k]), torch.cat([own[:, 1], v])
     scale = settings.get("scaling")
     if scale is None:
         scale = q.shape[-1] ** -0.5

@@ -2,10 +2,12 @@
 
 Sequences of one adapter that begin with the same tokens share them: the common head is computed
 once, and the tails attend to it. This is exact, because keys and values of the head do not depend
-on what follows, and their gradient is the sum over the tails.
+on what follows, and their gradient is the sum over the tails. The virtual tokens of prefix tuning
+are keys before all others, which come from no query.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ class Rows(NamedTuple):
     """Rows of about one length, padded for attention alone."""
 
     queries: Tensor  # int64 [n · q_len], positions in the packed batch; padding repeats one
-    keys: Tensor  # int64 [n · k_len]
+    keys: Tensor  # int64 [n · k_len], positions in the virtual tokens and the batch behind them
     starts: Tensor  # int64 [n], the number of keys before a row's first query
     q_lens: Tensor  # int64 [n]
     q_len: int
@@ -34,7 +36,7 @@ class Rows(NamedTuple):
 
 class PackedBatch(NamedTuple):
     tokens: Tensor  # int64 [T]
-    positions: Tensor  # int64 [T], from 0 in each sequence
+    positions: Tensor  # int64 [T], in each sequence from the number of its virtual tokens
     segments: tuple[tuple[int, int], ...]  # [first, end) of each adapter's tokens
     rows: tuple[Rows, ...]
     order: Tensor  # int64 [T]: where the outputs of ``rows``, one after the other, hold each token
@@ -43,15 +45,25 @@ class PackedBatch(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Consecutive tokens of the batch that follow the tokens ``head`` (a run, or nothing)."""
+    """Consecutive tokens of the batch, and the keys that they follow."""
 
     first: int
     length: int
-    head: tuple[int, int]  # first, length
+    key: int  # the position of its first token among all keys
+    before: tuple[range, ...]  # keys: virtual tokens, and a head
+
+    @property
+    def n_before(self) -> int:
+        return sum(map(len, self.before))
 
 
-def pack(works: Sequence[Sequence[Datum]], device: torch.device) -> PackedBatch:
-    """Pack the data of several adapters, in their order."""
+def pack(
+    works: Sequence[Sequence[Datum]], device: torch.device, n_virtual: Sequence[int] = ()
+) -> PackedBatch:
+    """Pack the data of several adapters, in their order. ``n_virtual``: of each adapter."""
+    all_virtual = sum(n_virtual)
+    virtual = [range(end - n, end) for n, end in zip(n_virtual, accumulate(n_virtual), strict=True)]
+    virtual = virtual or [range(0)] * len(works)
     tokens: list[Tensor] = []
     positions: list[Tensor] = []
     runs: list[_Run] = []
@@ -59,20 +71,24 @@ def pack(works: Sequence[Sequence[Datum]], device: torch.device) -> PackedBatch:
     answers: list[Tensor] = []
     n = 0
 
-    def add(ids: Tensor, head: tuple[int, int]) -> int:
+    def add(ids: Tensor, *before: range) -> _Run:
         nonlocal n
+        run = _Run(n, len(ids), all_virtual + n, before)
         tokens.append(ids)
-        positions.append(torch.arange(head[1], head[1] + len(ids)))
-        runs.append(_Run(n, len(ids), head))
+        positions.append(torch.arange(run.n_before, run.n_before + len(ids)))
+        runs.append(run)
         n += len(ids)
-        return n - len(ids)
+        return run
 
-    for data in works:
+    for data, prefix in zip(works, virtual, strict=True):
         began = n
         n_head = _n_common(data)
-        head = (add(data[0].tokens[:n_head], (0, 0)), n_head) if n_head else (0, 0)
+        before = [prefix]
+        if n_head:
+            head = add(data[0].tokens[:n_head], prefix)
+            before.append(range(head.key, head.key + n_head))
         for datum in data:
-            first = add(datum.tokens[n_head:], head)
+            first = add(datum.tokens[n_head:], *before).first
             at = datum.weights.nonzero().squeeze(1)
             answers.append(at - n_head + first)
         segments.append((began, n))
@@ -107,10 +123,10 @@ def _n_common(data: Sequence[Datum]) -> int:
 def _grouped(runs: Sequence[_Run]) -> list[list[_Run]]:
     """Return the runs in groups of similar numbers of queries and keys."""
     groups: list[list[_Run]] = []
-    for run in sorted(runs, key=lambda r: (-r.length - r.head[1], -r.length)):
+    for run in sorted(runs, key=lambda r: (-r.length - r.n_before, -r.length)):
         longest = groups[-1][0] if groups else None
         if longest is not None and (
-            longest.length + longest.head[1] <= _STEP * (run.length + run.head[1])
+            longest.length + longest.n_before <= _STEP * (run.length + run.n_before)
             and max(longest.length, run.length) <= _STEP * min(longest.length, run.length) + 4
         ):
             groups[-1].append(run)
@@ -121,17 +137,18 @@ def _grouped(runs: Sequence[_Run]) -> list[list[_Run]]:
 
 def _rows(runs: Sequence[_Run]) -> Rows:
     q_len = max(run.length for run in runs)
-    k_len = max(run.length + run.head[1] for run in runs)
+    k_len = max(run.length + run.n_before for run in runs)
     queries, keys = [], []
-    for first, length, (head, n_head) in runs:
-        own = torch.arange(first, first + length)
-        both = torch.cat([torch.arange(head, head + n_head), own])
-        queries.append(torch.nn.functional.pad(own, (0, q_len - length), value=first))
-        keys.append(torch.nn.functional.pad(both, (0, k_len - len(both)), value=first))
+    for run in runs:
+        own = torch.arange(run.first, run.first + run.length)
+        ranges = (*run.before, range(run.key, run.key + run.length))
+        both = torch.cat([torch.arange(each.start, each.stop) for each in ranges])
+        queries.append(torch.nn.functional.pad(own, (0, q_len - len(own)), value=run.first))
+        keys.append(torch.nn.functional.pad(both, (0, k_len - len(both)), value=run.key))
     return Rows(
         torch.cat(queries),
         torch.cat(keys),
-        torch.tensor([run.head[1] for run in runs]),
+        torch.tensor([run.n_before for run in runs]),
         torch.tensor([run.length for run in runs]),
         q_len,
         k_len,

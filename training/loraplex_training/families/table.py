@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from loraplex_training.config import PLAIN, AdapterShape, ExpertShape
+from loraplex_training.config import PLAIN, AdapterShape, ExpertShape, PrefixShape
 from loraplex_training.config import RECIPES as RANKS
 from loraplex_training.engine.adapter import LearningAdapter, LoraShape
 from loraplex_training.engine.data import Datum
@@ -13,6 +13,7 @@ from loraplex_training.recipes.table import RECIPES
 from .block_lora import BlockLora
 from .dora import Dora
 from .mixlora import MixLora
+from .prefix import Prefix
 
 _SAMPLE_TOKENS = 2048  # of the data that an initialisation reads
 
@@ -31,6 +32,7 @@ FAMILIES: Mapping[str, Family] = {
     "dora": Dora,
     "block-lora": BlockLora,
     "mixlora": MixLora,
+    "prefix": Prefix,
 }
 
 
@@ -54,10 +56,13 @@ def new_adapter(
 
 def most_parameters(shape: AdapterShape, linears: Mapping[str, tuple[int, int]]) -> int:
     """Return an upper bound of the parameters. ``linears``: name → (in, out) features."""
+    outputs = sum(n_out for _, n_out in linears.values())
+    if shape.family == "prefix":
+        return (shape.prefix or PrefixShape()).n_tokens * outputs
     n = lora_shape(shape).n_parameters(linears) * RANKS.get(shape.recipe, 1)
     if shape.family == "mixlora":
         n *= 1 + (shape.experts or ExpertShape()).n_experts
-    return n + sum(n_out for _, n_out in linears.values()) * (shape.family == "dora")
+    return n + outputs * (shape.family == "dora")
 
 
 def lora_shape(shape: AdapterShape) -> LoraShape:

@@ -3755,6 +3755,7 @@ export interface components {
             lr: number;
             /** Name */
             name: string;
+            prefix?: components["schemas"]["TrainingPrefix"] | null;
             /** Rank */
             rank?: number | null;
             /**
@@ -3843,6 +3844,17 @@ export interface components {
             role: "system" | "user" | "assistant" | "tool";
         };
         /**
+         * TrainingPrefix
+         * @description The virtual tokens of family ``prefix``.
+         */
+        TrainingPrefix: {
+            /**
+             * N Tokens
+             * @default 16
+             */
+            n_tokens: number;
+        };
+        /**
          * TuningBody
          * @description ``hyperparameters`` is OpenAI's older place for those of the method supervised.
          *
@@ -3870,6 +3882,7 @@ export interface components {
             method?: components["schemas"]["TuningMethod"] | null;
             /** Model */
             model: string;
+            prefix?: components["schemas"]["TrainingPrefix"] | null;
             /** Rank */
             rank?: number | null;
             /**

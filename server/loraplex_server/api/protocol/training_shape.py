@@ -25,10 +25,19 @@ class TrainingBlocks(BaseModel):
     axis: Annotated[str, Field(max_length=16)] = "rank"  # or feature
 
 
+class TrainingPrefix(BaseModel):
+    """The virtual tokens of family ``prefix``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    n_tokens: Annotated[int, Field(ge=1, le=256)] = 16
+
+
 class TrainingShape(BaseModel):
-    family: Annotated[str, Field(max_length=32)] = "lora"  # or dora, block-lora, mixlora
+    family: Annotated[str, Field(max_length=32)] = "lora"  # or dora, block-lora, mixlora, prefix
     recipe: Annotated[str, Field(max_length=32)] = "lora"  # or one of docs/recipes.md
     rank: Annotated[int, Field(ge=1, le=256)] | None = None  # null: 8
     alpha: Annotated[float, Field(gt=0, le=1024)] | None = None  # null: 2 · rank
     experts: TrainingExperts | None = None
     blocks: TrainingBlocks | None = None
+    prefix: TrainingPrefix | None = None

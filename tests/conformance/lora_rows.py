@@ -27,7 +27,7 @@ LORA_ROWS: tuple[PeftRow, ...] = (
     ),
     PeftRow(
         "lora-regex",
-        lambda: LoraConfig(r=3, target_modules=r".*\.(0|21)\.mlp\.(gate|down)_proj"),
+        lambda: LoraConfig(r=3, target_modules=r".*\.(0|5)\.mlp\.(gate|down)_proj"),
         moved(0.03),
     ),
     PeftRow(
@@ -46,7 +46,7 @@ LORA_ROWS: tuple[PeftRow, ...] = (
         lambda: LoraConfig(
             r=4,
             target_modules=["o_proj", "down_proj"],
-            layers_to_transform=[0, 12, 29],
+            layers_to_transform=[0, 2, 5],
             layers_pattern="layers",
         ),
         moved(0.03),
@@ -54,7 +54,7 @@ LORA_ROWS: tuple[PeftRow, ...] = (
     PeftRow(
         "lora-modules",
         lambda: LoraConfig(
-            r=4, target_modules=["model.layers.3.self_attn.q_proj", "model.layers.12.mlp.up_proj"]
+            r=4, target_modules=["model.layers.3.self_attn.q_proj", "model.layers.5.mlp.up_proj"]
         ),
         moved(0.05),
     ),
@@ -231,7 +231,7 @@ LORA_ROWS: tuple[PeftRow, ...] = (
     PeftRow(
         "saved-projection",
         lambda: LoraConfig(
-            r=4, target_modules=on("q_proj"), modules_to_save=["layers.9.mlp.down_proj"]
+            r=4, target_modules=on("q_proj"), modules_to_save=["layers.2.mlp.down_proj"]
         ),
         moved(0.02),
     ),
@@ -290,7 +290,7 @@ LORA_ROWS: tuple[PeftRow, ...] = (
     # what needs more than its own file
     PeftRow(
         "layer-replication",
-        lambda: LoraConfig(r=4, target_modules=["q_proj"], layer_replication=[[0, 20], [15, 30]]),
+        lambda: LoraConfig(r=4, target_modules=["q_proj"], layer_replication=[[0, 4], [2, 6]]),
         moved(0.02),
         refused="layer_replication",
     ),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.conformance.peft_row import PeftRow
 
@@ -20,6 +21,17 @@ Forward = Callable[[nn.Module, Tensor], Tensor]  # (the base's module, its input
 def load_base(path: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model.eval().requires_grad_(False)
+
+
+def save_short_base(path: Path, folder: Path, *, n_layers: int, n_tokens: int) -> Path:
+    """Save the first layers and tokens of the model at ``path``, with the whole tokenizer."""
+    config = AutoConfig.from_pretrained(path, num_hidden_layers=n_layers)
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype="auto")
+    model.resize_token_embeddings(n_tokens)
+    model.save_pretrained(folder)
+    for file in (*path.glob("tokenizer*"), *path.glob("*.jinja")):
+        shutil.copy(file, folder)
+    return folder
 
 
 def sharing_copy(base: nn.Module, *, own: Sequence[int] = ()) -> Any:

@@ -47,6 +47,7 @@ from .learning_parts import generator_finder, starts_of, training_thread
 from .served_base import ServedBase, pooling_of_base
 from .settings.api_keys import ApiKey, log_admins
 from .settings.config import ServerConfig
+from .text.image_prompts import ImagePrompts
 
 
 def build_front(
@@ -74,6 +75,7 @@ def build_front(
         refused = watched.refused
         if fleet is not None:  # other processes of a cluster do not know which names are expected
             watched.scan()
+    images = ImagePrompts.of(base.path)
     encoder = SharedEncoder(_encoder_directory)
     pools = WorkerPools()
     list_profiles = functools.partial(routable_profiles, store)
@@ -81,7 +83,10 @@ def build_front(
     jobs = Jobs(pools.jobs)
     # Jobs of another process are unknown here, so each job counts as running.
     runs = jobs.runs if learner is None else lambda job: True
-    makers = _makers(config, base, store, encoder, Workers(pools, jobs), runs, closing)
+    learns = base.writes_text and images is None
+    makers = _makers(
+        config, base, store, encoder, Workers(pools, jobs), runs, closing, learns=learns
+    )
     assert makers.generated is not None
     if learner is None and makers.learning is not None:
         learner = makers.learning.learn
@@ -100,6 +105,7 @@ def build_front(
             _encoder_model(encoder, base.name),
             base.head,
             base.writes_text,
+            images,
         ),
         config,
         selection=AdapterSelection(router, descriptions, refused),
@@ -131,15 +137,20 @@ def _makers(
     workers: Workers,
     runs: Callable[[str], bool],
     closing: contextlib.ExitStack,
+    *,
+    learns: bool,
 ) -> AdapterMakers:
-    """Build the parts that make adapters from descriptions, examples and chats."""
+    """Build the parts that make adapters from descriptions, examples and chats.
+
+    ``learns``: the base can be trained here: it writes text and sees no images.
+    """
     options = config.learning
     find_generator = generator_finder(base.name, base.path)
     generated = GeneratedAdapters(store, find_generator, runs=runs)
     closing.callback(generated.close)
     thread: TrainingThread | None = None
     learning: Learning | None = None
-    if options.n_threads > 0 and base.writes_text:
+    if options.n_threads > 0 and learns:
         thread = training_thread(options, base)
         closing.callback(thread.close)
         learning = Learning(

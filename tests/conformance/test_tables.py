@@ -15,12 +15,13 @@ from tests.conformance.lora_rows import LORA_ROWS
 from tests.conformance.mixture_rows import MIXTURE_ROWS
 from tests.conformance.own_rows import OWN_ROWS
 from tests.conformance.peft_rows import PEFT_ROWS
+from tests.conformance.vision.vision_rows import VISION_ROWS
 
 _DOCS = Path(__file__).parents[2] / "docs"
 _ADAPTER_ROWS = (*LORA_ROWS, *PEFT_ROWS, *OWN_ROWS, *EXPERT_ROWS, *MIXTURE_ROWS, *HEAD_ROWS)
 _TABLES = {
     "families.md": {row.id: row for row in _ADAPTER_ROWS},
-    "bases.md": {row.id: row for row in (*BASE_ROWS, *ENCODER_ROWS)},
+    "bases.md": {row.id: row for row in (*BASE_ROWS, *ENCODER_ROWS, *VISION_ROWS)},
 }
 # Types of PEFT without a row: all are refused as unknown or by name.
 _WITHOUT_ROW = {

@@ -1,11 +1,13 @@
 """A tiny random base on disk, and the real server of it in this process."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
+from fastapi import FastAPI
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraplex_server.engine.build import build_engine
@@ -14,6 +16,7 @@ from loraplex_server.engine.defaults import host_tier_bytes
 from loraplex_server.launch import open_store
 from loraplex_server.served_base import pooling_of_base, store_root
 from loraplex_server.settings.config import HttpConfig, ServerConfig, StoreConfig
+from loraplex_server.text.image_prompts import ImagePrompts
 from tests.conformance.base_rows import BaseRow, base_config
 from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 from tests.support.servers.built_app import built_app
@@ -45,16 +48,30 @@ async def serving(
     dtype: str = "float32",
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Raises ModelError if the server refuses to start on this base."""
+    engine = tiny_engine_config(
+        quantization=quantization, tensor_parallel_size=tensor_parallel_size, dtype=dtype
+    )
+    with app_of(base, state, engine) as app:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1", timeout=120
+        ) as client:
+            yield client
+
+
+def tiny_engine_config(**options: Any) -> EngineConfig:
+    sizes = {"threads": 1, "kv_memory_bytes": 4 << 20, "adapter_memory_bytes": 4 << 20}
+    return EngineConfig(**{"dtype": "float32", **sizes, **options})
+
+
+@contextmanager
+def app_of(
+    base: Path, state: Path, engine: EngineConfig, http: HttpConfig | None = None
+) -> Iterator[FastAPI]:
+    """Yield the application of a base on disk. Raises ModelError if it cannot be served."""
     config = ServerConfig(
-        http=HttpConfig(served_model_names=("base",)),
-        engine=EngineConfig(
-            dtype=dtype,
-            quantization=quantization,
-            tensor_parallel_size=tensor_parallel_size,
-            threads=1,
-            kv_memory_bytes=4 << 20,
-            adapter_memory_bytes=4 << 20,
-        ),
+        http=http or HttpConfig(served_model_names=("base",)),
+        engine=engine,
         store=StoreConfig(root=state, demos=False),
     )
     built = build_engine(config.engine, base)
@@ -67,7 +84,7 @@ async def serving(
             packer=built.engine.packer,
         )
         try:
-            app = built_app(
+            yield built_app(
                 built.engine,
                 store,
                 built.tokenizer,
@@ -79,12 +96,8 @@ async def serving(
                 pooling=pooling_of_base(base),
                 head=built.head,
                 writes_text=built.writes_text,
+                images=ImagePrompts.of(base),
             )
-            transport = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://127.0.0.1", timeout=120
-            ) as client:
-                yield client
         finally:
             store.close()
     finally:

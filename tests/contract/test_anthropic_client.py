@@ -152,7 +152,7 @@ def test_an_answer_follows_a_schema(claude: Anthropic) -> None:
             "thinking",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]},
             anthropic.BadRequestError,
             "invalid_request_error",
             "messages[0].content[0]",

@@ -153,7 +153,7 @@ def test_a_call_that_was_cut_off_is_shown_but_does_not_go_on(client: OpenAI) -> 
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"extra_body": {"n": 2}}, "n"),
         (
-            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            {"input": [{"role": "user", "content": [{"type": "input_file"}]}]},
             "input[0].content[0]",
         ),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),

@@ -27,6 +27,10 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     },
     "docs/quantization.md": {"loraplex serve": _OPTIONS},
     "docs/gguf.md": {"loraplex serve": _OPTIONS},
+    "docs/images.md": {
+        "loraplex serve": _OPTIONS,
+        "import base64": "needs such a base; tests/server/api/test_chat_images.py serves one",
+    },
     "docs/gpu.md": {"loraplex serve --model … --device cuda:0\n": _OPTIONS},
     "docs/tensor-parallel.md": {"loraplex serve --model … --device cuda:0 --tensor": _OPTIONS},
     "docs/gpu-evidence.md": {

@@ -17,6 +17,11 @@ _WRAPPERS = (
     *("mola.", "loramoe."),  # MoE-PEFT
     *("language_model.", "text_model."),  # the language model of a multimodal model
 )
+# Parts of names of LLaVA in transformers 4 → the same in transformers 5.
+_RENAMED = (
+    ("language_model.model.", "language_model."),
+    ("vision_tower.vision_model.", "vision_tower."),
+)
 
 
 def expand_targets(config: AdapterConfig, base: BaseSpec) -> frozenset[str]:
@@ -160,6 +165,8 @@ def _candidates(path: str) -> list[str]:
     names = [path]
     for wrapper in (*_WRAPPERS, "model.", *_WRAPPERS):
         names += [name.removeprefix(wrapper) for name in names if name.startswith(wrapper)]
+    for earlier, now in _RENAMED:
+        names += [name.replace(earlier, now, 1) for name in names if earlier in name]
     longer = [f"{trunk}{name}" for trunk in _TRUNKS for name in names]
     shorter = [name.removeprefix("model.") for name in names if name.startswith("model.")]
     return list(dict.fromkeys([*names, *longer, *shorter]))

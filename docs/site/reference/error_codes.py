@@ -27,7 +27,9 @@ _MAKERS = {
     "too_many": (429, 0, 1, None),
     "unavailable": (503, 0, 1, None),
     "JsonProblem": (400, 0, 1, None),
+    "ImageRefused": (400, 0, 1, None),
 }
+_STATUSES = {"image_too_large": 413}  # as ``from_image`` says
 
 
 class ErrorCode(NamedTuple):
@@ -68,7 +70,7 @@ def _made_by(call: ast.Call, name: str) -> Iterator[ErrorCode]:
     message = _text(call.args[message_at]) if len(call.args) > message_at else ""
     for each in codes:
         if isinstance(each, str) and isinstance(status, int):
-            yield ErrorCode(each, status, message)
+            yield ErrorCode(each, _STATUSES.get(each, status), message)
 
 
 def _constants(node: ast.expr, kind: type) -> Iterator[object]:

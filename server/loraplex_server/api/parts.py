@@ -24,6 +24,7 @@ from loraplex_server.engine.adapters.expert_monitor import ExpertMonitor
 from loraplex_server.engine.requests.client import EngineClient
 from loraplex_server.health_tracker import HealthTracker
 from loraplex_server.settings.api_keys import ApiKey
+from loraplex_server.text.image_prompts import ImagePrompts
 
 from .batches.batch_store import BatchLimits
 from .middleware.rate_limit import Meter
@@ -44,6 +45,7 @@ class ServedModel:
     encoder: EncoderModel | None = None  # for vectors; None: not on this machine
     head: HeadPlan | None = None  # of a base that is a classifier itself
     writes_text: bool = True  # False: a text encoder, which makes vectors and classes
+    images: ImagePrompts | None = None  # of a vision-language model
 
     @property
     def embedding_pooling(self) -> PoolingPlan:

@@ -130,6 +130,7 @@ class AppState:
             model.tokenizer,
             vocab_size=model.vocab_size,
             max_model_len=engine.max_model_len,
+            images=model.images,
         )
         self.grammars = Grammars(
             self.text.backend, vocab_size=self.text.vocab_size, eos_token_ids=engine.eos_token_ids

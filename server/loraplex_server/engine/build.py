@@ -23,6 +23,7 @@ from loraplex_server.model.encoder.loading import is_text_encoder, load_text_enc
 from loraplex_server.model.encoder.text_encoder import TextEncoder
 from loraplex_server.model.resident_weights import ResidentWeights
 from loraplex_server.model.trunk import Trunk
+from loraplex_server.model.vision.layouts import layout_of
 
 from .adapters.adapter_loader import OtherPools
 from .adapters.device_pool import DevicePool
@@ -89,6 +90,8 @@ def build_engine(
     workers: ShardWorkers | None = None
     if is_text_encoder(model_path):
         return _build_encoder(config, model_path, name, tokenizer, device)
+    if layout_of(model_path) is not None:
+        _check_vision_options(config, name)
     if config.tensor_parallel_size > 1:
         sharded = _run_in_temp_thread(
             lambda: build_sharded(model_path, name, config, dtype=dtype, device=device), device
@@ -121,9 +124,18 @@ def build_engine(
         if workers is not None:
             workers.close()
         raise
-    is_whole = device.type == "cpu" and workers is None
+    is_whole = device.type == "cpu" and workers is None and model.images is None
     weights = ResidentWeights(model) if is_whole else None
     return BuiltEngine(engine, tokenizer, spec, name, device, weights, model.max_positions)
+
+
+def _check_vision_options(config: EngineConfig, name: str) -> None:
+    """Raises ValueError for options that vision-language models are not served with."""
+    if config.tensor_parallel_size > 1 or config.quantization != "none":
+        raise ValueError(
+            f"{name} is a vision-language model: it is served whole and unquantised; leave "
+            "--tensor-parallel-size and --quantization out"
+        )
 
 
 def _build_encoder(

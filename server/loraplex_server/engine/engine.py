@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from loraplex_adapter_store.leasing import AdapterLease
+from loraplex_server.model.vision.prompt_image import prefix_key_ids
 
 from .adapters.adapter_packer import AdapterPacker
 from .adapters.expert_monitor import ExpertMonitor
@@ -130,7 +131,8 @@ class Engine:
         """
         prefix = None if source.adapter is None else source.adapter.plan.prefix
         n_virtual = 0 if prefix is None else prefix.n_virtual
-        token_ids = [-1 - index for index in range(n_virtual)] + list(source.prompt_ids)
+        virtual = [-1 - index for index in range(n_virtual)]
+        token_ids = virtual + list(source.prompt_ids)
         if not source.prompt_ids:
             raise ContextOverflow("the prompt is empty; send at least one token")
         n_generated = 1 if source.pooling is None else 0  # at least
@@ -151,4 +153,7 @@ class Engine:
             n_virtual=n_virtual,
             adapter_from=0 if invocation is None else invoked_at(source.prompt_ids, invocation),
             seed=secrets.randbits(63) if seed is None else seed,
+            prompt_key_ids=virtual + prefix_key_ids(source.prompt_ids, source.images)
+            if source.images
+            else None,
         )

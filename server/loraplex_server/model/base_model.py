@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_kernels.formats.quantized_weight import WeightFormat
@@ -39,6 +39,8 @@ from .quantized.quantized_modules import (
 )
 from .self_check import Reference
 from .tracing.model_trace import decoder_of, trace_model
+from .vision.image_trunk import ImageReference, ImageTrunk
+from .vision.layouts import VISION_LANGUAGE, auto_class
 
 
 class BaseModel:
@@ -69,9 +71,13 @@ class BaseModel:
         self.shard = shard
         if shard is not None:
             self.vocab_size = shard.layout.vocab_size
+        layout = VISION_LANGUAGE.get(model.config.model_type)
+        images: ImageReference | None = None
         with _named(model, model_id):
             trace = trace_model(model)
             reference = Reference.capture(model, trace) if self_check else None
+            if layout is not None:
+                images = ImageReference.capture(model, layout)
         self.max_positions = trace.max_positions
         self.eos_token_ids = _eos_token_ids(model)
         self.dtype = model.dtype
@@ -83,21 +89,33 @@ class BaseModel:
             BaseSpec.of(model, model_id, quantization=quantization),
             model,
             packed,
-            linears=trace.linears,
+            linears=trace.linears if images is None else trace.linears | images.linears,
             attention=next(iter(trace.attention.values())),
         )
         head_weight = coded_weight(model.get_output_embeddings())
-        self.layers: list[LayerAttention] = install_attention(model, trace.attention, self.step)
+        self._decoder = decoder_of(model)
+        self.layers: list[LayerAttention] = install_attention(
+            model, self._decoder, trace.attention, self.step
+        )
         self.groups = replace_linears(
-            model, self.spec, self.step, packed, exponent_coding=exponent_coding, shard=shard
+            model,
+            self.spec,
+            self.step,
+            packed,
+            within=trace.linears,
+            exponent_coding=exponent_coding,
+            shard=shard,
         )
         self.mlps: dict[str, RoutedMlp] = find_mlps(
             self.groups, lambda name: _gated_activation(model.get_submodule(name)), self.step
         )
-        self.norms = replace_norms(model, self.step)  # names
+        inside = ("",) if layout is None else (f"{_name_of(model, self._decoder)}.",)
+        self.norms = replace_norms(model, self.step, within=inside)  # names
         head = self.groups[self.spec.output_head].packed
         table_of = partial(table_of_base, head=head, head_weight=head_weight)
-        self.embeddings = replace_embeddings(model, self.step, table_of)  # names
+        self.embeddings = replace_embeddings(  # names
+            model, self.step, table_of, within=inside
+        )
         # names of parameters
         self.stacked = replace_experts(model, self.step, self.spec.routers)
         if shard is not None:
@@ -109,11 +127,20 @@ class BaseModel:
         for name, mlp in self.mlps.items():
             model.set_submodule(name, mlp)
         self._embedding = model.get_input_embeddings()
-        self._decoder = decoder_of(model)
+        self.routable = self._routable()
+        self.images: ImageTrunk | None = None  # of a vision-language model
+        if images is not None:
+            self.images = self._adapt_images(model, images, packed, exponent_coding)
         self.fused: FusedDecoder | None = None  # None: transformers' modules run the layers
         if fuse:
             self.fused = FusedDecoder.of(
-                self._decoder, self.groups, self.mlps, self.layers, self.step, self.max_positions
+                self._decoder,
+                trace.layer_names,
+                self.groups,
+                self.mlps,
+                self.layers,
+                self.step,
+                self.max_positions,
             )
         self.n_kv_heads = self.spec.n_kv_heads
         self.head_dim = self.spec.head_dim
@@ -125,10 +152,32 @@ class BaseModel:
         if reference is not None:
             with _named(model, model_id):
                 reference.check(self, model)
+                if self.images is not None:
+                    self.images.check()
 
-    @property
-    def routable(self) -> frozenset[str]:
-        """The names of MLP blocks and projections that may have experts."""
+    def _adapt_images(
+        self,
+        model: PreTrainedModel,
+        reference: ImageReference,
+        packed: dict[str, PackedSlice],
+        exponent_coding: bool,
+    ) -> ImageTrunk:
+        """Replace the linears and norms of tower and projector, which have a step of their own."""
+        step = ForwardContext()
+        self.groups |= replace_linears(
+            model,
+            self.spec,
+            step,
+            packed,
+            within=reference.linears,
+            exponent_coding=exponent_coding,
+        )
+        parts = VISION_LANGUAGE[model.config.model_type].parts
+        self.norms |= replace_norms(model, step, within=parts)
+        return ImageTrunk(model, step, reference)
+
+    def _routable(self) -> frozenset[str]:
+        """Return the names of MLP blocks and projections that may have experts."""
         projections = {
             name
             for group in self.groups.values()
@@ -244,7 +293,7 @@ def _load(
         return load_gguf(gguf, path, dtype=dtype, device=device)
     if quantization is not None:
         return load_quantized(path, quantization, dtype=dtype, device=device)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = auto_class(path).from_pretrained(
         path, dtype=dtype, local_files_only=True
     )
     return model
@@ -259,6 +308,11 @@ def _named(model: PreTrainedModel, model_id: str) -> Iterator[None]:
         raise UnsupportedBase(
             f"the base {model_id!r} ({type(model).__name__}) cannot be served: {error}"
         ) from error
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[part]
 
 
 def _gated_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:

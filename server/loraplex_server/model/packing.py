@@ -1,6 +1,6 @@
 """Packs the linears of a base by shared input and replaces them on the instance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +36,18 @@ def replace_linears(
     step: ForwardContext,
     slices: dict[str, PackedSlice],
     *,
+    within: Collection[str] | None = None,
     exponent_coding: bool,
     shard: Shard | None = None,
 ) -> dict[str, PackedLoraLinear]:
     """Pack the linears of ``spec`` and fill ``slices``; return the groups by name.
 
     Frees a group's weights before packing the next. ``shard``: the linears are one rank's.
+    ``within``: the names of linears that are packed; None: all.
     """
     groups: dict[str, PackedLoraLinear] = {}
-    grouped = list(group_modules(spec.model_type, spec.modules))
+    packed_names = [name for name in spec.modules if within is None or name in within]
+    grouped = list(group_modules(spec.model_type, packed_names))
     memory = WeightRange(sum(_words_of(model, spec, names) for names in grouped))
     for names in grouped:
         modules = [model.get_submodule(name) for name in names]

@@ -39,9 +39,14 @@ def render(
     if options.get("add_generation_prompt"):
         raise ValueError("continue_final_message and add_generation_prompt exclude each other")
     last = shown[-1].get("content")
-    if not isinstance(last, str):
+    if isinstance(last, list) and last and last[-1].get("type") == "text":  # parts
+        *parts, end = last
+        last = end["text"]
+        shown[-1]["content"] = [*parts, {**end, "text": last + _MARK}]
+    elif isinstance(last, str):
+        shown[-1]["content"] = last + _MARK
+    else:
         raise ValueError("continue_final_message needs a last message with content to continue")
-    shown[-1]["content"] = last + _MARK
     return _cut_at_mark(_compiled(template).render(seen), last)
 
 

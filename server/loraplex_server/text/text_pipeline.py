@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from loraplex_adapter_store.part_log import worked
 from loraplex_server.errors import ApiError, invalid
+from loraplex_server.images import ImageLimits, ImageRefused
 from loraplex_server.tenant_shares import TenantThreads, lower_priority
 
 from .detokenizer import StreamDetokenizer
+from .image_prompts import ImagePrompts, ReadImage, as_parts
 from .templates import Templates, unrenderable
 from .token_text import TokenTexts
 
@@ -46,10 +48,15 @@ class TextPipeline:
         *,
         vocab_size: int | None = None,
         max_model_len: int | None = None,
+        images: ImagePrompts | None = None,
     ) -> None:
         """``vocab_size``: width of the logits, and the limit of ids. ``max_model_len``: texts that
-        are too long for this many tokens, whatever their content, are refused unread.
+        are too long for this many tokens, whatever their content, are refused unread. ``images``:
+        the processor of a vision-language base, whose chat template wins.
         """
+        self.images = images
+        if images is not None and images.chat_template is not None:
+            tokenizer.chat_template = images.chat_template
         self._chat = tokenizer
         self._templates = Templates()
         self.backend = tokenizer.backend_tokenizer
@@ -67,6 +74,7 @@ class TextPipeline:
         self._threads = TenantThreads(
             "text", _N_THREADS, _N_THREADS - 1, initializer=lower_priority
         )
+        self._image_threads = TenantThreads("images", 2, 1, initializer=lower_priority)
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
@@ -144,10 +152,12 @@ class TextPipeline:
         continue_final_message: bool,
         template_arguments: Mapping[str, object],
         tenant: str,
+        images: Sequence[ReadImage] = (),
     ) -> tuple[int, ...]:
         """Render a chat and return its token ids. ``template`` None means the base's template.
 
-        Raises ApiError: 400, or 503 if no worker process is free.
+        ``images``: those of the messages' parts, in order. Raises ApiError: 400, or 503 if no
+        worker process is free.
         """
         self.check_length(sum(len(str(m.get("content", ""))) for m in messages), "messages")
 
@@ -158,6 +168,8 @@ class TextPipeline:
                 "messages",
                 "no_chat_template",
             )
+        if self.images is not None:
+            messages = as_parts(messages, template or str(self.chat_template), self.images.token)
         options = {"add_generation_prompt": add_generation_prompt, **template_arguments}
         if template is not None or template_arguments:  # arguments can make a template endless
             text = await self._templates.render(
@@ -169,14 +181,28 @@ class TextPipeline:
                 remember=template is not None,
             )
             self.check_length(len(text), "messages")
-            return (await self.encode_many([text], add_special_tokens=False, tenant=tenant))[0]
+            return await self._run(partial(self._encode_rendered, text, images), tenant)
 
         def render_and_encode() -> tuple[int, ...]:
             options["continue_final_message"] = continue_final_message
-            text = self._render(messages, options)
-            return self._encode_all([(text, None)], add_special_tokens=False)[0]
+            return self._encode_rendered(self._render(messages, options), images)
 
         return await self._run(render_and_encode, tenant)
+
+    async def read_images(
+        self, sources: Sequence[str], limits: ImageLimits, *, tenant: str
+    ) -> list[ReadImage | ImageRefused]:
+        """Decode and prepare images. Raises ApiError (429) if the tenant's queue is full."""
+        processor = self.images
+        assert processor is not None, "the base sees no images"
+
+        def read(source: str) -> ReadImage | ImageRefused:
+            try:
+                return processor.read(source, limits)
+            except ImageRefused as error:
+                return error
+
+        return [await self._image_threads.run(tenant, partial(read, source)) for source in sources]
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, tenant: str) -> str:
         decode = self.backend.decode
@@ -217,12 +243,25 @@ class TextPipeline:
     async def close(self) -> None:
         await self._templates.close()
         self._threads.close()
+        self._image_threads.close()
 
     def _render(self, messages: Sequence[Mapping[str, object]], options: dict[str, object]) -> str:
         try:
             return str(self._chat.apply_chat_template(list(messages), tokenize=False, **options))
         except Exception as error:  # a template is a program and can raise anything
             raise unrenderable(str(error) or "it gives no reason") from error
+
+    def _encode_rendered(self, text: str, images: Sequence[ReadImage]) -> tuple[int, ...]:
+        """Return the ids of a rendered chat. Processors of images add the token of the beginning
+        unless the template does; tokenizers leave it to the template.
+        """
+        bos = self._chat.bos_token
+        special = self.images is not None and not (bos and text.startswith(bos))
+        (ids,) = self._encode_all([(text, None)], add_special_tokens=special)
+        if self.images is None or not images:
+            return ids
+        own = self._encode_all([(i.text, None) for i in images], add_special_tokens=False)
+        return self.images.expand(ids, own)
 
     def _encode_all(
         self, inputs: Sequence[TextPair], add_special_tokens: bool

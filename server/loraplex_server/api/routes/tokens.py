@@ -100,7 +100,8 @@ async def _chat_ids(state: AppState, body: TokenizeBody, access: AdapterAccess) 
         requested, chat.routing_text, access, takes_few_shot=True
     )
     try:
-        through = AdapterChat(chat, state.text, resolved, access.tenant or "")
+        limits = state.config.http.image_limits
+        through = AdapterChat(chat, state.text, resolved, access.tenant or "", limits)
         ids, _ = await through.ids_within(state.engine.max_model_len)
         return ids
     finally:

@@ -22,11 +22,11 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from transformers import AutoModelForCausalLM
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.engine.adapters.capabilities import EngineCapabilities
 from loraplex_server.model.loading.loader import Lazy
+from loraplex_server.model.vision.layouts import auto_class
 from loraplex_server.settings.config import ServerConfig
 
 _ANSWER_TIMEOUT_S = 5.0
@@ -45,7 +45,7 @@ def with_weights_of(base: BaseSpec, path: Path, dtype: torch.dtype) -> BaseSpec:
     """Return a spec that reads weights from ``path``, in the engine's ``dtype``."""
 
     def load() -> BaseSpec:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model = auto_class(path).from_pretrained(path, dtype=dtype, local_files_only=True)
         return BaseSpec.of(model, base.model_id)
 
     lazy = Lazy(load)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from loraplex_adapter_store.leasing import AdapterLease
+from loraplex_server.model.vision.prompt_image import PromptImage
 
 from .events import TokenEvent
 from .grammar import CompiledGrammar
@@ -43,6 +44,7 @@ class GenerationRequest:
     share: TenantShare = TenantShare()
     pooling: Pooling | None = None  # the request ends after its prompt, with vectors
     second_text_at: int | None = None  # token at which the second text of an encoder's pair begins
+    images: tuple[PromptImage, ...] = ()
 
     @property
     def reads_all_rows(self) -> bool:

@@ -168,6 +168,7 @@ class Request:
     has_placeholder: bool = False  # the last token is still being computed
     is_full: bool = False  # the placeholder is the last token of the answer
     n_sent: int = 0  # tokens of the output that were sent
+    prompt_key_ids: list[int] | None = None  # in place of a prompt with images, in ``key_ids``
 
     @property
     def id(self) -> str:
@@ -184,6 +185,13 @@ class Request:
     @property
     def output_ids(self) -> list[int]:
         return self.token_ids[self.n_prompt :]
+
+    @property
+    def key_ids(self) -> list[int]:
+        """Return the numbers that keys of KV pages are made of: those of the tokens and images."""
+        if self.prompt_key_ids is None:
+            return self.token_ids
+        return self.prompt_key_ids + self.token_ids[self.n_prompt :]
 
     @property
     def adapter_digest(self) -> str:

@@ -178,7 +178,7 @@ class Scheduler:
             if request.status is not RequestStatus.RUNNING or request.source.reads_all_rows:
                 continue
             if request.n_computed >= n_computed:  # not preempted while the step ran
-                self._kv.publish(request.id, request.token_ids, n_computed)
+                self._kv.publish(request.id, request.key_ids, n_computed)
         self.waiting.served(chunk.request for chunk in chunks)
 
     def measured(self, chunks: Sequence[ScheduledChunk], seconds: float) -> None:
@@ -341,7 +341,7 @@ class Scheduler:
         n_cached = self._kv.admit(
             request.id,
             root,
-            request.token_ids,
+            request.key_ids,
             reuse=not request.source.reads_all_rows,
             turn=self._turn_of(request),
         )

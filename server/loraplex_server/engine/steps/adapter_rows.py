@@ -107,6 +107,15 @@ class AdapterRows:
         on_device = dict(zip(own, move_together(rows, self._device), strict=True))
         return self.segments(digests, each), _fallback(self._beyond_the_pool(own, on_device))
 
+    def of_one(
+        self, digest: str, n_rows: int
+    ) -> tuple[LoraSegments | None, tuple[FallbackRows, ...]]:
+        """Return the segments and fallback rows of ``n_rows`` rows of one adapter."""
+        parts = self._adapters.resident(digest).memory.parts.fallback
+        rows = torch.arange(n_rows, device=self._device)
+        fallback = () if parts.is_empty else (FallbackRows(rows, parts),)
+        return self.segments([digest], [n_rows]), fallback
+
     def segments(
         self,
         digests: Sequence[str],

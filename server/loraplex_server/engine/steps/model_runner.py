@@ -24,6 +24,7 @@ from loraplex_server.model.base_model import BaseModel
 
 from .adapter_rows import AdapterRows
 from .forward_batch import ForwardBatch, FutureTokens, GraphBuffers, build_batch
+from .image_rows import ImageRows
 from .kernel_warm_up import failing_function, run_every_size
 from .output_head import OutputHead
 from .step_graphs import StepGraphs
@@ -62,6 +63,7 @@ class ModelRunner(StepRunner):
         model.attach_kv(kv_cache.keys, kv_cache.values)
         model.attach_pool(adapters.pool)
         self._adapters = AdapterRows(adapters, model.device)
+        self._images = None if model.images is None else ImageRows(model.images, self._adapters)
         self._head = OutputHead(
             model,
             self._adapters,
@@ -198,7 +200,7 @@ class ModelRunner(StepRunner):
         if part.buffers is None:
             hidden = self._run_eagerly(batch, chunks, own_rows, None if wants_all else last)
         else:
-            hidden = self._replay(batch, part.kind, part.buffers, own_rows)
+            hidden = self._replay(batch, part, part.buffers, own_rows)
         has_last_only = is_eager and not wants_all
         x = hidden if has_last_only or last is None else hidden[last]
         prompt_logprobs = {}
@@ -234,19 +236,19 @@ class ModelRunner(StepRunner):
                 sampling = [chunk.adapter_digest for chunk in chunks if chunk.samples]
                 segments = self._adapters.segments(sampling, [1] * len(sampling))
             step.logits_rows = LogitsRows(last, segments)
-        return self._model.forward(self._embed(batch))
+        return self._model.forward(self._embed(batch, chunks))
 
     def _replay(
         self,
         batch: ForwardBatch,
-        kind: LayerKind,
+        part: StepPart,
         buffers: GraphBuffers,
         own_rows: Mapping[str, Sequence[int]],
     ) -> Tensor:
         """Return the hidden states of all rows, valid until the next replay."""
         assert self._graphs is not None
         self._adapters.bind_embedding(self._model.step, own_rows, batch.own_rows)
-        hidden = self._graphs.run(kind, batch, buffers, self._embed(batch))
+        hidden = self._graphs.run(part.kind, batch, buffers, self._embed(batch, part.chunks))
         return hidden[: batch.chunk_rows[-1].stop]
 
     def _build_batch(
@@ -267,12 +269,14 @@ class ModelRunner(StepRunner):
             flashinfer=self._flashinfer,
         )
 
-    def _embed(self, batch: ForwardBatch) -> Tensor:
+    def _embed(self, batch: ForwardBatch, chunks: Sequence[ScheduledChunk]) -> Tensor:
         embeddings = self._model.embed(batch.token_ids)
         for row, request, index in batch.virtual_rows:
             embedded = self._adapters.prefix_embeddings(request)
             if embedded is not None:
                 embeddings[row] = embedded[index]
+        if self._images is not None:
+            self._images.put(embeddings, chunks, batch.chunk_rows)
         return embeddings
 
 

@@ -31,7 +31,7 @@ class RmsNorm(nn.Module):
         self._step = step
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm ``x`` [..., width], one axis of which is the step's rows."""
+        """Norm ``x`` [..., width], see ``_by_row``."""
         flat = x.reshape(-1, x.shape[-1])
         out = rms_norm(flat, self.weight, self.eps, offset=self.offset).view(x.shape)
         self._norm_own_rows(x, out)
@@ -52,12 +52,11 @@ class RmsNorm(nn.Module):
         for fallback in self._step.fallback:
             own = fallback.parts.norms.get(self._name)
             if own is not None and own.weight is not None:
-                axis = _row_axis(x, self._step)
-                rows = x.movedim(axis, 0)[fallback.rows]
+                rows = _by_row(x, x, self._step)[fallback.rows]
                 normed = rms_norm(
                     rows.reshape(-1, rows.shape[-1]), own.weight, self.eps, offset=self.offset
                 )
-                out.movedim(axis, 0)[fallback.rows] = normed.view(rows.shape)
+                _by_row(out, x, self._step)[fallback.rows] = normed.view(rows.shape)
 
 
 class AdaptedNorm(nn.Module):
@@ -72,14 +71,13 @@ class AdaptedNorm(nn.Module):
         self._step = step
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm ``x`` [..., width], one axis of which is the step's rows."""
+        """Norm ``x`` [..., width], see ``_by_row``."""
         out: Tensor = self._norm(x)
         for fallback in self._step.fallback:
             own = fallback.parts.norms.get(self._name)
             if own is not None:
-                axis = _row_axis(x, self._step)
-                rows = x.movedim(axis, 0)[fallback.rows]
-                out.movedim(axis, 0)[fallback.rows] = self._with(own, rows)
+                rows = _by_row(x, x, self._step)[fallback.rows]
+                _by_row(out, x, self._step)[fallback.rows] = self._with(own, rows)
         return out
 
     def _with(self, own: NormPlan, rows: Tensor) -> Tensor:
@@ -89,12 +87,18 @@ class AdaptedNorm(nn.Module):
         return normed
 
 
-def replace_norms(model: nn.Module, step: ForwardContext) -> frozenset[str]:
-    """Replace every norm that has parameters, and return their names."""
+def replace_norms(
+    model: nn.Module, step: ForwardContext, *, within: tuple[str, ...] = ("",)
+) -> frozenset[str]:
+    """Replace every norm that has parameters, and return their names.
+
+    ``within``: prefixes of the names of modules that are replaced.
+    """
     norms = [
         (name, module)
         for name, module in model.named_modules()
-        if "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
+        if name.startswith(within) and "Norm" in type(module).__name__
+        if any(True for _ in module.parameters(recurse=False))
     ]
     for name, module in norms:
         model.set_submodule(name, _rms_norm(name, module, step) or AdaptedNorm(name, module, step))
@@ -132,14 +136,17 @@ def _adds_one(module: nn.Module, weight: Tensor) -> bool:
     return bool(plus_one < plain)
 
 
-def _row_axis(x: Tensor, step: ForwardContext) -> int:
-    """Return the axis of the step's rows, before or after the axis of heads.
+def _by_row(out: Tensor, x: Tensor, step: ForwardContext) -> Tensor:
+    """Return a view of ``out``, of the shape of ``x`` [..., width], whose first axis is the rows.
 
-    If both have the same size, the rows' axis has the larger stride.
+    The rows of a decoder are one axis, before or after the axis of heads. If both have the same
+    size, the rows' axis has the larger stride. Those of a tower are all axes but the last.
     """
     n_rows = step.positions.shape[0]
     fitting = [axis for axis in range(x.dim() - 1) if x.shape[axis] == n_rows]
-    return max(fitting, key=x.stride)
+    if not fitting:
+        return out.view(n_rows, x.shape[-1])
+    return out.movedim(max(fitting, key=x.stride), 0)
 
 
 class Table(Protocol):
@@ -219,12 +226,19 @@ def replace_embeddings(
     model: nn.Module,
     step: ForwardContext,
     table_of: Callable[[nn.Embedding], Table] = lambda embedding: PlainTable(embedding.weight),
+    *,
+    within: tuple[str, ...] = ("",),
 ) -> frozenset[str]:
     """Replace the embeddings that are tables, and return their names.
 
     Others stay as they are and take no adapters. ``table_of`` returns the rows of an embedding.
+    ``within``: as of ``replace_norms``.
     """
-    tables = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    tables = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.startswith(within)
+    ]
     replaced = set()
     for name, table in tables:
         own = AdaptedEmbedding(name, table_of(table), getattr(table, "embed_scale", None), step)

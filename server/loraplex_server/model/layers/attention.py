@@ -59,16 +59,22 @@ class LayerAttention:
 
 
 def install_attention(
-    model: PreTrainedModel, attention: Mapping[str, AttentionSpec], step: ForwardContext
+    model: PreTrainedModel,
+    decoder: PreTrainedModel,
+    attention: Mapping[str, AttentionSpec],
+    step: ForwardContext,
 ) -> list[LayerAttention]:
-    """Install paged attention in the attention modules, in the order of ``attention``."""
+    """Install paged attention in the attention modules, in the order of ``attention``.
+
+    ``decoder``: the submodule with these modules. Attention outside of it stays as it is.
+    """
     if _NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
     layers = []
     for name, spec in attention.items():
         layers.append(LayerAttention(spec, step))
         setattr(model.get_submodule(name), _SLOT, layers[-1])
-    for module in model.modules():
+    for module in decoder.modules():
         if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
             module.config._attn_implementation = _NAME
     return layers

@@ -94,6 +94,7 @@ class FusedDecoder:
     @staticmethod
     def of(
         decoder: PreTrainedModel,
+        layer_names: Sequence[str],
         groups: Mapping[str, PackedLoraLinear],
         mlps: Mapping[str, RoutedMlp],
         attention: Sequence[LayerAttention],
@@ -119,10 +120,9 @@ class FusedDecoder:
         if cos.shape[-1] != head_dim:
             return None
         by_module = {name: group for group in groups.values() for name in group.module_names}
-        prefix = "model.layers"
         layers = [
-            _layer_of(layer, f"{prefix}.{index}", by_module, mlps, attention[index])
-            for index, layer in enumerate(decoder.layers)
+            _layer_of(layer, name, by_module, mlps, cache)
+            for layer, name, cache in zip(decoder.layers, layer_names, attention, strict=True)
         ]
         return FusedDecoder(
             layers,

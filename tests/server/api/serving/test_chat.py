@@ -71,7 +71,7 @@ async def test_content_parts_are_joined(front: Front) -> None:
 
 
 async def test_content_that_is_no_text_is_refused(front: Front) -> None:
-    parts = [{"type": "image_url", "image_url": {"url": "http://x"}}]
+    parts = [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]
     answer = await front.chat(messages=[{"role": "user", "content": parts}])
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "messages[0].content[0]"

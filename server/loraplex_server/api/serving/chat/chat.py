@@ -118,7 +118,8 @@ class ChatSource:
 
     def through(self, resolved: ResolvedAdapter) -> AdapterChat:
         call = self._call
-        return AdapterChat(self._prompt, call.state.text, resolved, call.info.tenant)
+        limits = call.state.config.http.image_limits
+        return AdapterChat(self._prompt, call.state.text, resolved, call.info.tenant, limits)
 
     async def _prepare(self, body: ChatBody, chat: AdapterChat) -> PreparedCall:
         state, api = self._call.state, self._call.api
@@ -141,7 +142,14 @@ class ChatSource:
             prompt_logprobs=n_top,
         )
         return PreparedCall(
-            [Prompt(ids, limited(sampling, max_tokens), n_turns=n_turns)],
+            [
+                Prompt(
+                    ids,
+                    limited(sampling, max_tokens),
+                    n_turns=n_turns,
+                    images=chat.images_in(ids),
+                )
+            ],
             lambda head: self._new_format(head, reading.parser),
             reading.grammar,
             limits_output=self._limit is not None,

@@ -25,12 +25,15 @@ _RESERVED = frozenset(
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, object]]:
-    """Join the text parts of each message. Raises ApiError (400) for other content."""
+    """Join the text parts of each message without images. Raises ApiError (400) for other content.
+
+    The content of a message with images is a list of texts and of ``{"type": "image"}``.
+    """
     _check_arguments(messages)
     plain = []
     for position, message in enumerate(messages):
         role = "system" if message.role == "developer" else message.role
-        shown: dict[str, object] = {"role": role, "content": _text(message.content, position)}
+        shown: dict[str, object] = {"role": role, "content": _content(message.content, position)}
         for name in ("name", "tool_call_id", "reasoning_content"):
             value = getattr(message, name)
             if value is not None:
@@ -47,8 +50,8 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, object]]:
 def routing_text(messages: Sequence[Mapping[str, object]]) -> str:
     """Return the text that ``auto`` routing is based on: start of system, last user turn."""
     user = [message for message in messages if message["role"] == "user"]
-    last = str((user or messages)[-1]["content"])
-    system = [str(message["content"]) for message in messages if message["role"] == "system"]
+    last = _text_of((user or messages)[-1]["content"])
+    system = [_text_of(message["content"]) for message in messages if message["role"] == "system"]
     return f"{system[0][:_MAX_SYSTEM_CHARS]}\n{last}" if user and system else last
 
 
@@ -109,22 +112,35 @@ def _call(call: Mapping[str, JsonValue], where: str) -> dict[str, object]:
     return {**call, "type": "function", "function": {**function, "arguments": arguments or {}}}
 
 
-def _text(content: str | Sequence[Mapping[str, object]] | None, position: int) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    texts = []
+def _content(
+    content: str | Sequence[Mapping[str, JsonValue]] | None, position: int
+) -> str | list[dict[str, str]]:
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts: list[dict[str, str]] = []
     for number, part in enumerate(content):
         where = f"messages[{position}].content[{number}]"
-        if part.get("type") != "text":
-            raise invalid(
-                f"content of type {part.get('type')!r} is not supported: this server takes text",
-                where,
-                "unsupported_content",
-            )
-        text = part.get("text")
-        if not isinstance(text, str):
-            raise invalid("a text part needs a string 'text'", f"{where}.text")
-        texts.append(text)
-    return "".join(texts)
+        match part.get("type"):
+            case "text":
+                text = part.get("text")
+                if not isinstance(text, str):
+                    raise invalid("a text part needs a string 'text'", f"{where}.text")
+                parts.append({"type": "text", "text": text})
+            case "image_url":
+                parts.append({"type": "image"})
+            case kind:
+                raise invalid(
+                    f"content of type {kind!r} is not supported: this server takes text, and "
+                    "image_url with a vision-language base",
+                    where,
+                    "unsupported_content",
+                )
+    has_images = any(part["type"] == "image" for part in parts)
+    return parts if has_images else "".join(part["text"] for part in parts)
+
+
+def _text_of(content: object) -> str:
+    """Return the texts of a message's content."""
+    if not isinstance(content, list):
+        return str(content)
+    return "".join(part.get("text", "") for part in content)

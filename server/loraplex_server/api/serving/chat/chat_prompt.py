@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from loraplex_server.adapters.resolving.resolved_adapter import ResolvedAdapter
 from loraplex_server.api.protocol.chat import ChatMessage
 from loraplex_server.api.serving.text_generation.sampling import defaults_of
-from loraplex_server.errors import ApiError, invalid
+from loraplex_server.errors import ApiError, from_image, invalid
+from loraplex_server.images import ImageLimits, ImageRefused, check_count
+from loraplex_server.model.vision.prompt_image import PromptImage
+from loraplex_server.text.image_prompts import ReadImage
 from loraplex_server.text.text_pipeline import TextPipeline
 
 from .chat_messages import plain_messages, routing_text, template_arguments, with_turns
+from .image_parts import image_parts
 from .tool_markup import chat_markup
 from .tool_use import NO_TOOLS, ToolUse
 
@@ -35,6 +39,7 @@ class ChatPrompt:
         Raises ApiError (400).
         """
         self.messages = plain_messages(messages)
+        self.images = image_parts(messages)
         self.tools = tools
         self.template_arguments = template_arguments(chat_template_kwargs)
         self.continues = bool(continue_final_message)
@@ -57,11 +62,24 @@ class AdapterChat:
     """A chat with its adapter's template, system prompt and examples."""
 
     def __init__(
-        self, prompt: ChatPrompt, text: TextPipeline, resolved: ResolvedAdapter, tenant: str
+        self,
+        prompt: ChatPrompt,
+        text: TextPipeline,
+        resolved: ResolvedAdapter,
+        tenant: str,
+        limits: ImageLimits = ImageLimits(),  # noqa: B008  frozen value
     ) -> None:
-        """Raises ApiError (400) for tools that no template can show."""
+        """Raises ApiError (400) for tools that no template can show, and for images in vain."""
         self.defaults = defaults_of(resolved)
         self._prompt, self._text, self._tenant = prompt, text, tenant
+        self._limits = limits
+        self._images: Sequence[ReadImage] = ()
+        if prompt.images and text.images is None:
+            raise invalid(
+                "this base reads no images; send text, or serve a vision-language model",
+                prompt.images[0].where,
+                "unsupported_content",
+            )
         self._turns, self._system = resolved.few_shot, resolved.system_prompt
         has_calls = any(m["role"] == "tool" or "tool_calls" in m for m in prompt.messages)
         adapter_template = resolved.lease.plan.chat_template if resolved.lease else None
@@ -93,7 +111,28 @@ class AdapterChat:
             continue_final_message=self._prompt.continues,
             template_arguments=arguments,
             tenant=self._tenant,
+            images=self._images,
         )
+
+    async def _read_images(self) -> None:
+        """Decode the chat's images. Raises ApiError for an image."""
+        parts, limits = self._prompt.images, self._limits
+        try:
+            check_count(len(parts), limits)
+        except ImageRefused as error:
+            raise from_image(error, "messages") from error
+        sources = [part.source for part in parts]
+        images = await self._text.read_images(sources, limits, tenant=self._tenant)
+        for image, part in zip(images, parts, strict=True):
+            if isinstance(image, ImageRefused):
+                raise from_image(image, part.where)
+        self._images = [image for image in images if isinstance(image, ReadImage)]
+
+    def images_in(self, ids: Sequence[int]) -> tuple[PromptImage, ...]:
+        """Return the chat's images, with their positions in the prompt's ids."""
+        if not self._images or self._text.images is None:
+            return ()
+        return self._text.images.placed(ids, self._images)
 
     async def ids_within(
         self, n_tokens: int, *, n_answer: int | None = None
@@ -104,6 +143,8 @@ class AdapterChat:
         ``n_answer``, a quarter of ``n_tokens`` is left for the answer, unless one example remains.
         Raises ApiError as ``ids`` does, and if not even one example fits.
         """
+        if self._prompt.images:
+            await self._read_images()
         n_left = n_tokens - (n_tokens // _ANSWER_SHARE if n_answer is None else n_answer)
         n_most = n_tokens - (n_answer or 1)
 

@@ -93,14 +93,33 @@ def _append(messages: list[JsonObject], message: JsonObject) -> None:
     """Join consecutive texts of one role to one turn."""
     last = messages[-1] if messages else {}
     if message.keys() == last.keys() == {"role", "content"} and message["role"] == last["role"]:
-        last["content"] = f"{last['content']}\n{message['content']}"
+        last["content"] = _joined([*_parts(last["content"]), *_parts(message["content"])])
     else:
         messages.append(message)
 
 
+def _parts(content: JsonValue) -> list[JsonObject]:
+    if isinstance(content, list):
+        return cast(list[JsonObject], content)
+    return [{"type": "text", "text": content}]
+
+
+def _joined(parts: Sequence[JsonObject]) -> JsonValue:
+    """Join texts that follow each other by a line break; return one string without images."""
+    joined: list[JsonObject] = []
+    for part in parts:
+        if joined and joined[-1]["type"] == part["type"] == "text":
+            joined[-1] = {"type": "text", "text": f"{joined[-1]['text']}\n{part['text']}"}
+        else:
+            joined.append(part)
+    if len(joined) == 1 and joined[0]["type"] == "text":
+        return joined[0]["text"]
+    return cast(JsonValue, joined)
+
+
 def _messages(turn: MessageTurn, where: str) -> Iterator[JsonObject]:
     """Yield a turn's tool results as messages of their own, before its text."""
-    texts: list[str] = []
+    parts: list[JsonObject] = []
     calls: list[JsonValue] = []
     reasoning = ""
     has_results = False
@@ -108,7 +127,9 @@ def _messages(turn: MessageTurn, where: str) -> Iterator[JsonObject]:
         at = f"{where}[{number}]"
         match block.get("type"), turn.role:
             case "text", _:
-                texts.append(string_field(block, "text", at))
+                parts.append({"type": "text", "text": string_field(block, "text", at)})
+            case "image", "user":
+                parts.append(_image(block, at))
             case "tool_use", "assistant":
                 calls.append(_call(block, at))
             case "tool_result", "user":
@@ -125,10 +146,10 @@ def _messages(turn: MessageTurn, where: str) -> Iterator[JsonObject]:
                 pass
             case kind, _:
                 raise _unsupported(kind, at)
-    text = turn.content if isinstance(turn.content, str) else "\n".join(texts)
-    if has_results and not text:
+    content = turn.content if isinstance(turn.content, str) else _joined(parts) or ""
+    if has_results and not content:
         return
-    message: JsonObject = {"role": turn.role, "content": text}
+    message: JsonObject = {"role": turn.role, "content": content}
     if calls:
         message["tool_calls"] = calls
     if reasoning:
@@ -147,14 +168,30 @@ def _call(block: Mapping[str, JsonValue], where: str) -> JsonValue:
     return {"id": string_field(block, "id", where), "type": "function", "function": function}
 
 
+def _image(block: Mapping[str, JsonValue], where: str) -> JsonObject:
+    """Return the part of a chat for an image block. Raises ApiError (400)."""
+    source = block.get("source")
+    match source:
+        case {"type": "base64", "media_type": str(kind), "data": str(data)}:
+            url = f"data:{kind};base64,{data}"
+        case {"type": "url", "url": str(url)}:
+            pass
+        case _:
+            raise invalid(
+                "an image needs a source {'type': 'base64', 'media_type': 'image/png', 'data': …}",
+                f"{where}.source",
+            )
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 def _text(content: JsonValue | Sequence[JsonObject], where: str) -> str:
     return "\n".join(texts_of(cast(JsonValue, content), where, ("text",), _unsupported))
 
 
 def _unsupported(kind: JsonValue, where: str) -> ApiError:
     return invalid(
-        f"a block of type {str(kind)[:64]!r} is not supported here: text, tool_result in a user's "
-        "turn, tool_use and thinking in the assistant's",
+        f"a block of type {str(kind)[:64]!r} is not supported here: text, image and "
+        "tool_result in a user's turn, tool_use and thinking in the assistant's",
         where,
         "unsupported_content",
     )

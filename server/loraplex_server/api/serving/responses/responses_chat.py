@@ -120,7 +120,23 @@ def _message(item: Mapping[str, JsonValue], where: str) -> JsonObject:
         raise invalid(
             f"role is user, assistant, system or developer, not {str(role)[:64]!r}", f"{where}.role"
         )
-    return {"role": role, "content": _text(item.get("content"), f"{where}.content")}
+    return {"role": role, "content": _content(item.get("content"), f"{where}.content")}
+
+
+def _content(content: JsonValue, where: str) -> JsonValue:
+    """Return the text of a message; with images, its parts."""
+    blocks = content if isinstance(content, list) else []
+    if not any(isinstance(block, dict) and block.get("type") == "input_image" for block in blocks):
+        return _text(content, where)
+    parts: list[JsonValue] = []
+    for number, block in enumerate(blocks):
+        at = f"{where}[{number}]"
+        if isinstance(block, dict) and block.get("type") == "input_image":
+            url = string_field(block, "image_url", at)
+            parts.append({"type": "image_url", "image_url": {"url": url}})
+        else:
+            parts.append({"type": "text", "text": _text([block], at)})
+    return parts
 
 
 def _call(item: Mapping[str, JsonValue], where: str) -> JsonObject:
@@ -146,7 +162,7 @@ def _unsupported_content(kind: JsonValue, where: str) -> ApiError:
 
 def _unsupported(what: str, where: str) -> ApiError:
     return invalid(
-        f"{what} is not supported: this server takes text and function calls",
+        f"{what} is not supported: this server takes text, images and function calls",
         where,
         "unsupported_content",
     )

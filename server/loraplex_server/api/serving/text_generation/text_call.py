@@ -26,6 +26,7 @@ from loraplex_server.engine.requests.grammar import CompiledGrammar
 from loraplex_server.engine.requests.sampling_params import SamplingParams
 from loraplex_server.errors import invalid
 from loraplex_server.metrics.server_metrics import CallMetrics
+from loraplex_server.model.vision.prompt_image import PromptImage
 
 from .answer_head import AnswerHead
 from .choice import ChoiceOutput, ChoiceRequest
@@ -69,6 +70,7 @@ class Prompt:
     sampling: SamplingParams
     discard_output: bool = False
     n_turns: int = 0  # examples in the prompt
+    images: tuple[PromptImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +325,7 @@ class TextCall(Generic[B]):
                     cache_salt=salt,
                     share=self.info.share,
                     grammar=None if prompt.discard_output else grammar,
+                    images=prompt.images,
                 )
                 choices.append(ChoiceRequest(request, stop, skip_special, prompt.discard_output))
         return choices

@@ -189,6 +189,12 @@ class AdapterVectors(VectorSource):
         )
 
     async def encode_chat(self, chat: ChatPrompt) -> Ids:
+        if chat.images:
+            raise invalid(
+                "images of messages give no vectors; ask /v1/chat/completions",
+                chat.images[0].where,
+                "unsupported_content",
+            )
         return await AdapterChat(chat, self._state.text, self._resolved, self._info.tenant).ids()
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:

@@ -1,0 +1,151 @@
+"""Prepares the images of chats with the processor of a vision-language model.
+
+a template's text → one placeholder token for each image → the image's own tokens
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from loraplex_server.errors import invalid
+from loraplex_server.images import ImageLimits, decode_image, image_bytes
+from loraplex_server.model.errors import ModelError
+from loraplex_server.model.loading.loader import run_load
+from loraplex_server.model.vision.layouts import VisionLayout, layout_of
+from loraplex_server.model.vision.prompt_image import PromptImage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ReadImage(NamedTuple):
+    """An image that is ready for the tower."""
+
+    digest: bytes  # of the file
+    inputs: Mapping[str, Tensor]  # of the tower
+    text: str  # stands in place of the image's placeholder
+
+
+class Processor(Protocol):
+    """The members of transformers' processors that are used here."""
+
+    image_processor: Any
+    image_token: str
+    chat_template: str | None
+
+    def replace_image_token(self, image_inputs: Any, image_idx: int) -> str: ...
+
+
+class ImagePrompts:
+    """The image processor of a base. Stateless, so any thread may use it."""
+
+    def __init__(self, processor: Processor, layout: VisionLayout, image_token_id: int) -> None:
+        self._processor, self._layout = processor, layout
+        self._options: Mapping[str, object] = getattr(type(processor), "images_kwargs", None) or {}
+        self._token_id = image_token_id
+        self.token = processor.image_token
+        self.chat_template = processor.chat_template
+
+    @staticmethod
+    def of(path: Path) -> ImagePrompts | None:
+        """Return the processor of the model in ``path``; None if the model sees no images.
+
+        Raises ModelError if the processor cannot be loaded.
+        """
+        layout = layout_of(path)
+        if layout is None:
+            return None
+        try:
+            processor, token_id = run_load(lambda: _load(path))
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(
+                f"the image processor of {str(path)!r} cannot be loaded: {error}"
+            ) from error
+        return ImagePrompts(processor, layout, token_id)
+
+    def read(self, source: str, limits: ImageLimits) -> ReadImage:
+        """Decode an image and prepare it. ``source``: a data URL or base64.
+
+        Takes milliseconds to tenths of a second. Raises ImageRefused.
+        """
+        data = image_bytes(source, limits)
+        image = decode_image(data, limits)
+        prepared = self._processor.image_processor([image], return_tensors="pt", **self._options)
+        text = self._processor.replace_image_token(prepared, 0)
+        inputs = {name: prepared[name] for name in self._layout.inputs if name in prepared}
+        return ReadImage(hashlib.sha256(data).digest(), inputs, text)
+
+    def expand(self, ids: Sequence[int], image_ids: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        """Replace each placeholder in ``ids`` by the tokens of its image.
+
+        Raises ApiError (400) if the numbers of placeholders and images differ.
+        """
+        n_shown = sum(token_id == self._token_id for token_id in ids)
+        if n_shown != len(image_ids):
+            raise invalid(
+                f"the chat has {len(image_ids)} images, and its prompt {n_shown} placeholders "
+                f"{self.token!r}: leave this word out of texts, and let the chat template write "
+                "it for each image",
+                "messages",
+                "image_placeholders",
+            )
+        own = iter(image_ids)
+        parts = (next(own) if token_id == self._token_id else (token_id,) for token_id in ids)
+        return tuple(itertools.chain.from_iterable(parts))
+
+    def placed(self, ids: Sequence[int], images: Sequence[ReadImage]) -> tuple[PromptImage, ...]:
+        """Return the images with the positions of their placeholders in ``expand``'s result."""
+        positions = iter([at for at, token_id in enumerate(ids) if token_id == self._token_id])
+        return tuple(
+            PromptImage(
+                image.digest,
+                image.inputs,
+                tuple(itertools.islice(positions, image.text.count(self.token))),
+            )
+            for image in images
+        )
+
+
+def _load(path: Path) -> tuple[Processor, int]:
+    from transformers import AutoConfig, AutoProcessor
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if config.model_type != "smolvlm":
+        return AutoProcessor.from_pretrained(path, local_files_only=True), config.image_token_id
+    from transformers import AutoImageProcessor, AutoTokenizer, Idefics3Processor
+
+    # SmolVLM's own processor needs packages for videos. Its images are those of Idefics3.
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    vision = config.vision_config
+    n_patches = (vision.image_size // vision.patch_size) ** 2
+    processor = Idefics3Processor(
+        AutoImageProcessor.from_pretrained(path, local_files_only=True),
+        tokenizer,
+        image_seq_len=n_patches // config.scale_factor**2,
+        chat_template=tokenizer.chat_template,
+    )
+    return processor, config.image_token_id
+
+
+def as_parts(
+    messages: Sequence[Mapping[str, object]], template: str, image_token: str
+) -> list[dict[str, object]]:
+    """Return the messages as ``template`` reads them: contents as lists of parts, or as texts.
+
+    A template that names images reads lists. For another one, each image is its placeholder.
+    """
+    reads_parts = "image" in template
+    shown = []
+    for message in messages:
+        content = message["content"]
+        if reads_parts and isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        elif not reads_parts and isinstance(content, list):
+            texts = (image_token if p["type"] == "image" else p["text"] for p in content)
+            content = "".join(texts)
+        shown.append({**message, "content": content})
+    return shown

@@ -1,0 +1,26 @@
+"""Tiny vision-language bases, each served as transformers computes it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class VisionRow:
+    id: str  # docs/bases.md names it; a layout of ``save_tiny_vision``
+    trunk: str  # the name of the language model
+    projector: str
+    # Parts of names in adapters → what they were with transformers 4.
+    earlier_names: tuple[tuple[str, str], ...] = ()
+    refused: str | None = None
+    wrong: str | None = None
+
+
+_LLAVA_4 = (
+    ("model.model.language_model.", "model.language_model.model."),
+    ("model.model.vision_tower.", "model.vision_tower.vision_model."),
+    ("model.model.multi_modal_projector.", "model.multi_modal_projector."),
+)
+
+VISION_ROWS = (
+    VisionRow("llava", "language_model", "multi_modal_projector", _LLAVA_4),
+    VisionRow("idefics3", "text_model", "connector"),
+)

@@ -1,0 +1,215 @@
+"""Images of chats through OpenAI's and Anthropic's clients, the prefix cache, and refusals."""
+
+import base64
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from anthropic import Anthropic
+from openai import OpenAI
+from PIL import Image
+
+from loraplex_server.settings.config import HttpConfig
+from tests.conformance.base_rows import BASE_ROWS
+from tests.conformance.tiny_base import app_of, save_base, tiny_engine_config
+from tests.support.bases.tiny_vision import made_image, png, save_tiny_vision
+from tests.support.servers.served_app import served_app
+
+_SEES = "What is in the picture of the server that keeps one base model and many adapters?"
+_HTTP = HttpConfig(
+    served_model_names=("base",), max_images=3, max_image_bytes=20_000, max_image_pixels=10_000
+)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("images")
+    path = save_tiny_vision("llava", folder / "base")
+    with app_of(path, folder / "state", tiny_engine_config(), _HTTP) as app, served_app(app) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def openai(url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def _data_url(image: Image.Image) -> str:
+    return f"data:image/png;base64,{png(image)}"
+
+
+def _user(*contents: str | Image.Image) -> list[Any]:
+    """Return a chat of one turn with texts and images."""
+    parts = [
+        {"type": "text", "text": content}
+        if isinstance(content, str)
+        else {"type": "image_url", "image_url": {"url": _data_url(content), "detail": "low"}}
+        for content in contents
+    ]
+    return [{"role": "user", "content": parts}]
+
+
+def _ask(client: OpenAI, messages: list[Any], **options: Any) -> Any:
+    return client.chat.completions.create(
+        model="base", messages=messages, max_tokens=4, temperature=0, seed=0, **options
+    )
+
+
+def test_streamed_and_whole_answers_to_an_image_are_the_same(openai: OpenAI) -> None:
+    messages = _user(made_image(3), _SEES)
+    whole = _ask(openai, messages)
+    chunks = _ask(openai, messages, stream=True)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert streamed == whole.choices[0].message.content
+    text_alone = _ask(openai, _user(_SEES))
+    assert whole.usage.prompt_tokens > text_alone.usage.prompt_tokens + 16  # of the image
+
+
+def test_another_image_of_the_same_size_never_hits_the_prefix_cache(openai: OpenAI) -> None:
+    def n_cached(seed: int) -> int:
+        usage = _ask(openai, _user(_SEES, made_image(seed), _SEES)).usage
+        return int(usage.prompt_tokens_details.cached_tokens)
+
+    n_tokens = _ask(openai, _user(_SEES, made_image(11), _SEES)).usage.prompt_tokens
+    assert n_cached(11) >= n_tokens - 16  # all but the last page
+    before = _ask(openai, _user(_SEES)).usage.prompt_tokens
+    assert 0 < n_cached(12) <= before  # the text before the image alone
+    assert n_cached(12) >= n_tokens - 16
+
+
+def test_anthropics_client_sends_an_image_beside_text(url: str, openai: OpenAI) -> None:
+    image = made_image(4)
+    source = {"type": "base64", "media_type": "image/png", "data": png(image)}
+    content: list[Any] = [{"type": "image", "source": source}, {"type": "text", "text": _SEES}]
+    with Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        messages: list[Any] = [{"role": "user", "content": content}]
+        answer = client.messages.create(
+            model="base", max_tokens=4, messages=messages, extra_body={"temperature": 0}
+        )
+        counted = client.messages.count_tokens(model="base", messages=messages)
+    same = _ask(openai, _user(image, _SEES))
+    assert answer.content[0].text == same.choices[0].message.content
+    assert counted.input_tokens == same.usage.prompt_tokens
+
+
+def test_the_responses_api_takes_input_images(openai: OpenAI) -> None:
+    image = made_image(5)
+    content: list[Any] = [
+        {"type": "input_image", "image_url": _data_url(image), "detail": "auto"},
+        {"type": "input_text", "text": _SEES},
+    ]
+    answer = openai.responses.create(
+        model="base",
+        input=[{"role": "user", "content": content}],
+        max_output_tokens=4,
+        temperature=0,
+    )
+    same = _ask(openai, _user(image, _SEES))
+    assert answer.output_text == same.choices[0].message.content
+
+
+def test_images_of_several_turns_keep_their_order(url: str, openai: OpenAI) -> None:
+    first, second = made_image(6), made_image(7)
+    turns = [
+        *_user(first, "One."),
+        {"role": "assistant", "content": "Good."},
+        *_user("Now this:", second),
+    ]
+    swapped = [
+        *_user(second, "One."),
+        {"role": "assistant", "content": "Good."},
+        *_user("Now this:", first),
+    ]
+    answers = [_ask(openai, chat, logprobs=True).choices[0] for chat in (turns, swapped)]
+    logprobs = [answer.logprobs.content[0].logprob for answer in answers]
+    assert abs(logprobs[0] - logprobs[1]) > 1e-3
+
+
+def test_tokens_of_an_image_are_counted_by_tokenize(url: str, openai: OpenAI) -> None:
+    messages = _user(made_image(3), _SEES)
+    answer = httpx.post(f"{url}/tokenize", json={"messages": messages})
+    assert answer.json()["count"] == _ask(openai, messages).usage.prompt_tokens
+
+
+def _bomb() -> str:
+    """Return a small PNG that claims a billion pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    data[16:24] = (32_000).to_bytes(4, "big") * 2  # width and height
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+_BROKEN = base64.b64encode(base64.b64decode(png(made_image(1)))[:200]).decode()
+_REFUSED = {
+    "a remote URL": ("https://example.org/a.png", 400, "remote_image_refused", "data: URL"),
+    "a broken file": (f"data:image/png;base64,{_BROKEN}", 400, "invalid_image", "broken"),
+    "no base64": ("data:image/png;base64,???", 400, "invalid_image", "base64"),
+    "a bomb": (_bomb(), 413, "image_too_large", "10,000"),
+    "no image": ("data:text/plain;base64,aGVsbG8=", 400, "invalid_image", "no image"),
+    "a number": (7, 400, None, "url"),
+}
+
+
+@pytest.mark.parametrize("name", _REFUSED)
+def test_an_image_that_cannot_be_read_is_refused(url: str, name: str) -> None:
+    value, status, code, told = _REFUSED[name]
+    content = [*_user(made_image(1), _SEES)[0]["content"]]
+    content.append({"type": "image_url", "image_url": {"url": value}})
+    body = {"model": "base", "messages": [{"role": "user", "content": content}], "max_tokens": 1}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == status, error
+    assert told in error["message"]
+    assert error["param"] == "messages[0].content[2].image_url.url"
+    assert code in (None, error["code"])
+
+
+def test_more_images_than_a_request_may_have_are_refused(url: str) -> None:
+    messages = _user(*map(made_image, range(4)), _SEES)
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "base", "messages": messages})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "too_many_images"
+
+
+def test_a_text_with_the_placeholder_beside_an_image_is_refused(url: str) -> None:
+    messages = _user(made_image(1), "Is <image> a tag?")
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "base", "messages": messages})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "image_placeholders"
+
+
+def test_images_give_no_vectors(url: str) -> None:
+    body = {"model": "base", "messages": _user(made_image(1), _SEES)}
+    answer = httpx.post(f"{url}/v1/embeddings", json=body)
+    assert answer.status_code == 400
+    assert "no vectors" in answer.json()["error"]["message"]
+
+
+def test_a_base_that_reads_text_alone_refuses_an_image(tmp_path: Path) -> None:
+    row = next(row for row in BASE_ROWS if row.id == "llama")
+    path = save_base(row, tmp_path / "base")
+    with app_of(path, tmp_path / "state", tiny_engine_config()) as app, served_app(app) as url:
+        body = {"model": "base", "messages": _user(made_image(1), _SEES)}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert error["code"] == "unsupported_content"
+    assert "reads no images" in error["message"]
+    assert error["param"] == "messages[0].content[0].image_url.url"
+
+
+@pytest.mark.parametrize("option", [{"quantization": "int8"}, {"tensor_parallel_size": 2}])
+def test_options_of_text_bases_are_refused_at_start(tmp_path: Path, option: Any) -> None:
+    path = save_tiny_vision("llava", tmp_path / "base")
+    with (
+        pytest.raises(ValueError, match="vision-language model"),
+        app_of(path, tmp_path / "state", tiny_engine_config(**option)),
+    ):
+        pass

@@ -249,6 +249,7 @@ def _assemble(
         eos_token_ids=model.eos_token_ids,
         n_threads=config.threads or max(1, _DEFAULT_THREADS // config.tensor_parallel_size),
         jump_forward=config.jump_forward,
+        drafts=config.drafts == "auto" and not mode.overlaps,
         overlaps=mode.overlaps,
         arithmetic=arithmetic,
     )

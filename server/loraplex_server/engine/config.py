@@ -65,6 +65,11 @@ class EngineConfig(Options, panel=Panel.ENGINE):
         "Keep the KV cache in the dtype of the base (auto), or on a GPU in fp8 (e4m3), which holds "
         "twice the tokens.",
     )
+    drafts: Literal["auto", "off"] = option(
+        "auto",
+        "Guess next tokens from the text so far and verify them together, where few requests run "
+        "and it pays (auto). Answers stay the same. A GPU needs --no-async-scheduling for it.",
+    )
     jump_forward: bool = True  # compute the tokens that a grammar forces together, in one step
     prefix_cache: bool = option(True, "Share the KV cache of prompts with a common prefix.")
     cuda_graphs: bool = option(True, "On a GPU, capture steps as CUDA graphs at start.")

@@ -25,6 +25,7 @@ from loraplex_adapter_store.part_log import worked
 
 from .adapters.device_pool import DevicePool
 from .adapters.expert_monitor import ExpertMonitor
+from .drafts.drafter import Drafter
 from .errors import EngineDead, EngineDraining, EngineError, RankLost
 from .memory.kv_cache import KvCache
 from .output_processor import OutputProcessor
@@ -50,6 +51,7 @@ class LoopSettings:
     eos_token_ids: frozenset[int]
     n_threads: int  # torch's compute threads
     jump_forward: bool = True  # tokens that a grammar forces are computed together
+    drafts: bool = False  # guesses of next tokens are verified together; not if steps overlap
     overlaps: bool = False  # a step runs while the next one is scheduled
     arithmetic: AbstractContextManager[object] = nullcontext()  # noqa: RUF009  stateless
 
@@ -85,6 +87,7 @@ class EngineLoop:
             eos_token_ids=settings.eos_token_ids,
             jump_forward=settings.jump_forward,
         )
+        self._drafter = Drafter(kv_cache, self.outputs.n_left) if settings.drafts else None
         self._in_flight: _InFlight | None = None
         self._finished = 0.0  # when the last step did
         self._unloads: list[Unload] = []  # not answered yet
@@ -122,12 +125,15 @@ class EngineLoop:
         self._inbox.admitted(scheduled.first_admitted)
         for request, error in scheduled.failed:
             self.outputs.fail(request, error)
+        chunks: Sequence[ScheduledChunk] = scheduled.chunks
+        if self._drafter is not None:
+            chunks = self._drafter.add(chunks)
         if self.settings.overlaps:
-            self._launch_async(scheduled.chunks)
-        elif scheduled.chunks:
-            self._run_chunks(scheduled.chunks)
-        self.stats.after_step(scheduled.chunks)
-        if scheduled.chunks or ends_flight:
+            self._launch_async(chunks)
+        elif chunks:
+            self._run_chunks(chunks)
+        self.stats.after_step(chunks)
+        if chunks or ends_flight:
             self.experts.look(self.adapters.residents, idle=not self._scheduler.running)
         self.outputs.flush()
         self._unload()
@@ -240,8 +246,12 @@ class EngineLoop:
     def _measured(self, chunks: Sequence[ScheduledChunk], began: float) -> None:
         """Reports the seconds of a finished step, less those when the device ran the previous."""
         now = time.perf_counter()
-        self._scheduler.measured(chunks, now - max(began, self._finished))
+        seconds = now - max(began, self._finished)
         self._finished = now
+        if not any(chunk.drafts for chunk in chunks):
+            self._scheduler.measured(chunks, seconds)
+        if self._drafter is not None:
+            self._drafter.measured(chunks, seconds)
 
     def _run_one_by_one(self, chunks: Sequence[ScheduledChunk], cause: Exception) -> None:
         """Runs each request of a failed step alone, so that only the faulty request fails."""

@@ -84,7 +84,7 @@ class OutputProcessor:
             request.prompt_logprobs[first:] = result.prompt_logprobs.get(request.id, ())
             sampled = result.sampled.get(request.id)
             if sampled is not None:
-                self._append(request, sampled)
+                self._append_verified(chunk, sampled)
             elif request.source.pooling is not None:
                 self._pool(chunk, request.source.pooling, result.pooled.get(request.id))
 
@@ -131,11 +131,34 @@ class OutputProcessor:
         if chunk.samples:
             self._end(request, _Finish(FinishReason.STOP, pooled=request.pooled.result()))
 
-    def _append(self, request: Request, sampled: Sampled) -> None:
+    def _append_verified(self, chunk: ScheduledChunk, sampled: Sequence[Sampled]) -> None:
+        """Appends the first sampled token, and further ones as long as the drafts are right.
+
+        Tokens that a grammar forces may come before their row; then the row only verifies them.
+        """
+        request, first, n_right = chunk.request, chunk.start + chunk.n_tokens, 0
+        request.n_drafted += len(chunk.drafts)
+        for row, token in enumerate(sampled):
+            if row == request.n_tokens - first:
+                self._append(request, token, chunk.generating[row].constraint)
+            if row == len(chunk.drafts) or not self.has(request):
+                break
+            if chunk.drafts[row] != request.token_ids[first + row]:
+                break
+            n_right += 1
+            request.n_accepted += 1
+            request.n_computed += 1
+        if chunk.drafts:
+            self._stats.count_drafts(len(chunk.drafts), n_right)
+            if request.guesses is not None:
+                request.guesses.learn(len(chunk.drafts), n_right)
+
+    def _append(self, request: Request, sampled: Sampled, masking: Constraint | None) -> None:
+        """``masking``: the state of the grammar that the token's mask was computed from."""
         params, token = request.source.sampling, sampled.token_id
         constraint = request.constraint
-        if constraint is not None and constraint.error is not None:  # there was no mask
-            self.fail(request, _too_complex(constraint.error))
+        if masking is not None and masking.error is not None:  # there was no mask
+            self.fail(request, _too_complex(masking.error))
             return
         if sampled.error is not None:
             self.fail(request, sampled.error)
@@ -203,6 +226,8 @@ class OutputProcessor:
             n_cached=max(0, request.n_cached - request.n_virtual),
             queue_s=request.queue_s if is_first else 0.0,
             prompt_logprobs=_prompt_logprobs(request) if is_first else (),
+            n_drafted=request.n_drafted,
+            n_accepted=request.n_accepted,
             pooled=finish.pooled,
         )
         self._output_router.put(request, event)

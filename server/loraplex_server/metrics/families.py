@@ -34,6 +34,9 @@ vllm:prefix_cache_queries Prompt tokens looked up in the prefix cache.
 vllm:prefix_cache_hits Prompt tokens found in the prefix cache.
 vllm:num_preemptions Requests whose KV pages were taken for an older one.
 loraplex_forced_tokens Tokens that a grammar forced.
+vllm:spec_decode_num_drafts Times that a step verified guesses of a choice's next tokens.
+vllm:spec_decode_num_draft_tokens Guessed next tokens that steps verified.
+vllm:spec_decode_num_accepted_tokens Guessed next tokens that became tokens of answers.
 vllm:iteration_tokens_total Tokens computed in an engine step.
 loraplex_engine_steps Forward passes of the engine.
 loraplex_lost_at_start Kernels or CUDA graphs that failed at start, by kind of layers.

@@ -91,7 +91,13 @@ REFUSED: Mapping[str, Refusal] = {
     "scheduling-policy": Refusal("keys have a weight, see docs/fairness.md", ("fcfs",)),
     "generation-config": Refusal("the card of an adapter has defaults", ("vllm",)),
     "override-generation-config": Refusal("the card of an adapter has defaults for requests"),
-    "speculative-config": Refusal("there is no speculative decoding"),
+    "speculative-config": Refusal(
+        "there are no draft models; --drafts auto guesses next tokens from the text, which is the "
+        "method ngram"
+    ),
+    "speculative-algorithm": Refusal(  # of SGLang
+        "there are no draft models; --drafts auto guesses next tokens from the text", ("NGRAM",)
+    ),
     "cpu-offload-gb": Refusal("weights stay on the device; --quantization int4 is smaller", ("0",)),
     "ssl-keyfile": Refusal("let a proxy end TLS, see docs/deployment.md"),
     "ssl-certfile": Refusal("let a proxy end TLS, see docs/deployment.md"),
@@ -132,7 +138,9 @@ def our_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
         takes_value = f"{flag} N" in WITHOUT_EFFECT or flag in REFUSED or name in _VALUES
         if value is None and left and (takes_value or name == "cors-origin"):
             value = left.pop(0)
-        if f"{flag} N" in WITHOUT_EFFECT:
+        if flag == "speculative-config" and _is_ngram(value):
+            notes.append(f"--{flag} {value} has no effect: --drafts auto, the default, does it")
+        elif f"{flag} N" in WITHOUT_EFFECT:
             notes.append(f"--{flag} {value} has no effect: {WITHOUT_EFFECT[f'{flag} N']}")
         elif flag in REFUSED:
             if value not in REFUSED[flag].harmless:
@@ -150,6 +158,15 @@ def our_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
             value = known.get(value, value) if value is not None else None
             ours.append(f"--{name}" if value is None else f"--{name}={value}")
     return ours, notes
+
+
+def _is_ngram(value: str | None) -> bool:
+    """Return True for a JSON object with the method ngram, which guesses from the text."""
+    try:
+        config = json.loads(value or "")
+    except ValueError:
+        return False
+    return isinstance(config, dict) and config.get("method") == "ngram"
 
 
 def advice(name: str) -> str | None:

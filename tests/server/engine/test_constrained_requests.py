@@ -82,7 +82,7 @@ def test_forced_tokens_change_no_answer_and_save_steps(
 ) -> None:
     answers, steps = [], []
     for forced in (True, False):
-        with running_engine(model, jump_forward=forced) as engine:
+        with running_engine(model, jump_forward=forced, drafts="off") as engine:
             answer = asyncio.run(ask(engine, thing))
             check(answer)
             answers.append(answer.token_ids)
@@ -232,7 +232,9 @@ def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(
     assert told in message
     assert "simplify" in message
     assert "\n" not in message
-    assert len(failed.token_ids) == 5  # until there it was followed
+    # Until there the grammar was followed. Drafts extend the lexer's tables in smaller pieces, so
+    # that the one that explodes may get further.
+    assert len(failed.token_ids) == 5 or (told == "too many expressions" and not temperature)
     for others in (beside, again):
         assert [a.token_ids for a in others] == [a.token_ids for a in alone]
         assert [e.logprobs for e in others[0].events] == [e.logprobs for e in alone[0].events]

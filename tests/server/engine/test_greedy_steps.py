@@ -45,7 +45,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def tokens(
     model: PreTrainedModel, sampling: SamplingParams, plans: list[AdapterPlan | None]
 ) -> list[list[int]]:
-    with running_engine(model) as engine:
+    with running_engine(model, drafts="off") as engine:
         answers = generate_all(engine, PROMPTS[: len(plans)], sampling, plans)
     return [answer.token_ids for answer in answers]
 

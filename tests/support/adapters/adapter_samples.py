@@ -118,15 +118,16 @@ def _lofit(model: PreTrainedModel, folder: Path, is_trained: bool) -> Sample:
 def _mixlora(model: PreTrainedModel, folder: Path, is_trained: bool) -> Sample:
     torch.manual_seed(11)
     tensors: dict[str, Tensor] = {}
+    width, n_inner = model.config.hidden_size, model.config.intermediate_size
     for layer in range(3):
         root = f"mixlora.layers.{layer}"
-        tensors[f"{root}.self_attn.q_proj.lora_A.weight"] = torch.randn(2, 32)
-        tensors[f"{root}.self_attn.q_proj.lora_B.weight"] = _b(32, 2, is_trained)
-        tensors[f"{root}.mlp.moe_gate.weight"] = torch.randn(3, 32)
+        tensors[f"{root}.self_attn.q_proj.lora_A.weight"] = torch.randn(2, width)
+        tensors[f"{root}.self_attn.q_proj.lora_B.weight"] = _b(width, 2, is_trained)
+        tensors[f"{root}.mlp.moe_gate.weight"] = torch.randn(3, width)
         for expert in range(3):
             at = f"{root}.mlp.down_proj.experts.{expert}"
-            tensors[f"{at}.lora_A.weight"] = torch.randn(2, 52)
-            tensors[f"{at}.lora_B.weight"] = _b(32, 2, is_trained)
+            tensors[f"{at}.lora_A.weight"] = torch.randn(2, n_inner)
+            tensors[f"{at}.lora_B.weight"] = _b(width, 2, is_trained)
     config = {"peft_type": "MIXLORA", "r": 2, "lora_alpha": 3, "target_modules": _TARGETS}
     return Sample({**config, "routing_strategy": "mixlora", "num_experts": 3}, tensors)
 

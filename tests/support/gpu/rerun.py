@@ -36,13 +36,16 @@ def replays(capture: Rerun, n_pieces: int) -> int:
     return whole + capture.n_replayed_of_pieces // n_pieces
 
 
+_OPTIONS = {"max_batch_size": 11, "drafts": "off"}
+
+
 @contextmanager
 def engine_with(
     capture: Callable[[Callable[[], None]], Callable[[], None]],
     model: PreTrainedModel,
     **changes: object,
 ) -> Iterator[Engine]:
-    """``changes`` are fields of the config."""
+    """``changes`` are fields of the config. Each row of a decode step is a request."""
     mode = StepMode(capture=capture)
-    with running_engine(model, mode=mode, **{"max_batch_size": 11, **changes}) as engine:
+    with running_engine(model, mode=mode, **{**_OPTIONS, **changes}) as engine:
         yield engine

@@ -1487,6 +1487,8 @@ export interface components {
             documents?: {
                 [key: string]: components["schemas"]["JsonValue"];
             }[] | null;
+            /** Drafts */
+            drafts?: boolean | null;
             /** Ebnf */
             ebnf?: string | null;
             /** Frequency Penalty */
@@ -1535,6 +1537,7 @@ export interface components {
             n?: number | null;
             /** Parallel Tool Calls */
             parallel_tool_calls?: boolean | null;
+            prediction?: components["schemas"]["Prediction"] | null;
             /** Presence Penalty */
             presence_penalty?: number | null;
             /** Prompt Logprobs */
@@ -1775,6 +1778,8 @@ export interface components {
             best_of?: number | null;
             /** Cache Salt */
             cache_salt?: string | null;
+            /** Drafts */
+            drafts?: boolean | null;
             /** Ebnf */
             ebnf?: string | null;
             /** Echo */
@@ -1819,6 +1824,7 @@ export interface components {
             model?: string | null;
             /** N */
             n?: number | null;
+            prediction?: components["schemas"]["Prediction"] | null;
             /** Presence Penalty */
             presence_penalty?: number | null;
             /** Prompt */
@@ -1880,6 +1886,16 @@ export interface components {
             text: string;
             /** Token Ids */
             token_ids?: number[] | null;
+        };
+        /**
+         * CompletionTokensDetails
+         * @description Tokens that were guessed before they were computed, from the text or a ``prediction``.
+         */
+        CompletionTokensDetails: {
+            /** Accepted Prediction Tokens */
+            accepted_prediction_tokens: number;
+            /** Rejected Prediction Tokens */
+            rejected_prediction_tokens: number;
         };
         /** CountTokensBody */
         CountTokensBody: {
@@ -2845,6 +2861,8 @@ export interface components {
             adapter_id?: string | null;
             /** Cache Salt */
             cache_salt?: string | null;
+            /** Drafts */
+            drafts?: boolean | null;
             /** Lora Path */
             lora_path?: string | null;
             /** Max Tokens */
@@ -3080,6 +3098,23 @@ export interface components {
              */
             object: "list";
             usage: components["schemas"]["PromptUsage"];
+        };
+        /**
+         * Prediction
+         * @description A text that the answer probably repeats. It changes only how fast the answer comes.
+         */
+        Prediction: {
+            /** Content */
+            content: string | {
+                [key: string]: components["schemas"]["JsonValue"];
+            }[];
+            /**
+             * Type
+             * @constant
+             */
+            type: "content";
+        } & {
+            [key: string]: unknown;
         };
         /** PromptTokenLogprob */
         PromptTokenLogprob: {
@@ -3329,6 +3364,8 @@ export interface components {
             background?: false | null;
             /** Cache Salt */
             cache_salt?: string | null;
+            /** Drafts */
+            drafts?: boolean | null;
             /** Include */
             include?: string[] | null;
             /** Input */
@@ -3988,6 +4025,7 @@ export interface components {
         Usage: {
             /** Completion Tokens */
             completion_tokens: number;
+            completion_tokens_details?: components["schemas"]["CompletionTokensDetails"] | null;
             /** Prompt Tokens */
             prompt_tokens: number;
             prompt_tokens_details: components["schemas"]["PromptTokensDetails"];

@@ -78,6 +78,14 @@ class CallBody(AdapterBody):
     top_k: Annotated[int, Field(ge=-1, lt=INT64_END)] | None = None  # -1 and 0: all
     seed: Annotated[int, Field(ge=-INT64_END, lt=INT64_END)] | None = None
     cache_salt: CacheSalt | None = None
+    drafts: bool | None = None  # False: no next tokens are guessed; the answer is the same
+
+
+class Prediction(Body):
+    """A text that the answer probably repeats. It changes only how fast the answer comes."""
+
+    type: Literal["content"]
+    content: str | Few[JsonObject]  # a text or parts of the type text
 
 
 class GenerationBody(CallBody):
@@ -111,6 +119,7 @@ class GenerationBody(CallBody):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None  # of vLLM
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    prediction: Prediction | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None  # of vLLM, like the next fields
     guided_json: JsonSchema | str | None = None
@@ -127,11 +136,19 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    """Tokens that were guessed before they were computed, from the text or a ``prediction``."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None  # absent without guesses
 
 
 class PromptTokenLogprob(BaseModel):

@@ -45,6 +45,8 @@ class GenerationRequest:
     pooling: Pooling | None = None  # the request ends after its prompt, with vectors
     second_text_at: int | None = None  # token at which the second text of an encoder's pair begins
     images: tuple[PromptImage, ...] = ()
+    drafts: bool = True  # next tokens may be guessed and verified together; changes no answer
+    prediction_ids: tuple[int, ...] = ()  # a text that the answer probably repeats, for drafts
 
     @property
     def reads_all_rows(self) -> bool:
@@ -86,6 +88,9 @@ class EngineStats:
     n_fairness_preemptions: int = 0  # preemptions in favour of another tenant
     tenants: tuple[TenantStats, ...] = ()  # empty with a single tenant
     n_jump_forward_tokens: int = 0  # tokens of answers that grammars forced
+    n_drafts: int = 0  # chunks with guesses of next tokens
+    n_drafted_tokens: int = 0  # guesses of next tokens that steps verified
+    n_accepted_tokens: int = 0  # guesses that became tokens of answers
     prefix_queries: int = 0  # tokens looked up
     prefix_hits: int = 0  # tokens found
     pool_bytes_used: int = 0

@@ -40,4 +40,6 @@ class TokenEvent:
     n_cached: int = 0  # prompt tokens taken from the prefix cache
     queue_s: float = 0.0  # seconds from submit to first admission, on the first event
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # on the first event when asked for
+    n_drafted: int = 0  # drafts of the answer that steps have verified so far
+    n_accepted: int = 0  # drafts that became its tokens
     pooled: Tensor | None = None  # of a request for vectors, see ``PooledRows.result``

@@ -1,11 +1,14 @@
 """A request inside the engine: its tokens, status and times."""
 
+from __future__ import annotations
+
 import asyncio
+import copy
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import numpy as np
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 from .client import GenerationRequest, Listener
 from .events import TokenLogprobs
 from .grammar import CompiledGrammar
+from .guesses import Guesses
 from .pooling import PooledRows
 
 
@@ -46,6 +50,22 @@ class Constraint:
         if not self.matcher.is_error():
             return None
         return str(self.matcher.get_error()).strip().partition("\n")[0]
+
+    def upcoming(self) -> list[int]:
+        """Return the forced tokens that the request does not know."""
+        return list(self._forced)
+
+    def copy(self) -> Constraint:
+        """Return a constraint that advances on its own."""
+        other = copy.copy(self)
+        other.matcher, other._forced = self.matcher.deep_copy(), self._forced.copy()
+        return other
+
+    def allows(self, token_id: int) -> bool:
+        """Return True if the token may be the answer's next one."""
+        if self._forced:
+            return token_id == self._forced[0]
+        return not self.ended and self.matcher.validate_tokens([token_id]) == 1
 
     def accept(self, token_id: int) -> None:
         """Consumes the answer's next token, sampled under the mask or forced."""
@@ -79,6 +99,13 @@ class TokenCounts:
         self._tokens: NDArray[np.int32] = np.empty(64, dtype=np.int32)
         self._counts: NDArray[np.int32] = np.empty(64, dtype=np.int32)
         self._n_known = 0
+
+    def copy(self) -> TokenCounts:
+        """Return counts that grow on their own."""
+        other = copy.copy(self)
+        other._index = self._index.copy()
+        other._tokens, other._counts = self._tokens.copy(), self._counts.copy()
+        return other
 
     def update(self, token_ids: list[int], n_prompt: int) -> None:
         """Counts the new tokens. ``token_ids`` is [virtual | prompt | output] and only grows."""
@@ -169,6 +196,9 @@ class Request:
     is_full: bool = False  # the placeholder is the last token of the answer
     n_sent: int = 0  # tokens of the output that were sent
     prompt_key_ids: list[int] | None = None  # in place of a prompt with images, in ``key_ids``
+    guesses: Guesses | None = None  # source of drafts
+    n_drafted: int = 0  # drafts that steps verified
+    n_accepted: int = 0  # drafts that became tokens of the answer
 
     @property
     def id(self) -> str:
@@ -218,6 +248,19 @@ class Request:
     @property
     def queue_s(self) -> float:
         return 0.0 if self.admitted_at is None else self.admitted_at - self.submitted_at
+
+    def after(self, token_ids: Sequence[int], constraint: Constraint | None) -> Request:
+        """Return the request as it is once ``token_ids`` follow, to sample the next token from.
+
+        ``constraint`` has accepted these tokens.
+        """
+        counts = None if self.token_counts is None else self.token_counts.copy()
+        return replace(
+            self,
+            token_ids=[*self.token_ids, *token_ids],
+            constraint=constraint,
+            token_counts=counts,
+        )
 
     def add_placeholder(self, *, is_full: bool) -> None:
         """Appends 0 in place of the token that the running step computes."""

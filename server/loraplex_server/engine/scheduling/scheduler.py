@@ -24,11 +24,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """The tokens [start, start + n_tokens) of one request in a step."""
+    """The tokens [start, start + n_tokens) of one request in a step, and drafts after them."""
 
     request: Request
     start: int
-    n_tokens: int
+    n_tokens: int  # without drafts
+    drafts: tuple[int, ...] = ()  # guesses of the next tokens; only where the chunk samples
+    # The request as it is if the first draft is right, if the first two are right …
+    ahead: tuple[Request, ...] = ()
     samples: bool = field(init=False)  # True if a new token follows from this chunk
 
     def __post_init__(self) -> None:
@@ -38,6 +41,16 @@ class ScheduledChunk:
     def adapter_digest(self) -> str:
         """The digest of the adapter that computes the chunk; empty for the base."""
         return self.request.digest_at(self.start)
+
+    @property
+    def n_rows(self) -> int:
+        """The rows of the chunk in the step, drafts included."""
+        return self.n_tokens + len(self.drafts)
+
+    @property
+    def generating(self) -> tuple[Request, ...]:
+        """The states to sample a token from, one for each of the chunk's last rows, in order."""
+        return (self.request, *self.ahead) if self.samples else ()
 
 
 class Schedule(NamedTuple):

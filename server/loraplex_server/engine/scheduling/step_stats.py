@@ -20,6 +20,7 @@ class StepStats:
         self._adapters = adapters
         self._n_step_tokens = 0
         self._n_jump_forward_tokens = 0
+        self._n_drafts = self._n_drafted = self._n_accepted = 0
         self._steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
         self.lost_at_start: tuple[LostAtStart, ...] = ()
         self.latest: EngineStats
@@ -29,10 +30,16 @@ class StepStats:
         """Counts tokens of an answer that its grammar forced."""
         self._n_jump_forward_tokens += n_tokens
 
+    def count_drafts(self, n_drafted: int, n_accepted: int) -> None:
+        """Counts the drafts of a chunk, and those that became tokens of its answer."""
+        self._n_drafts += 1
+        self._n_drafted += n_drafted
+        self._n_accepted += n_accepted
+
     def after_step(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Counts the step's tokens and replaces ``latest``."""
         if chunks:
-            n_tokens = sum(chunk.n_tokens for chunk in chunks)
+            n_tokens = sum(chunk.n_rows for chunk in chunks)
             self._n_step_tokens += n_tokens
             self._steps_by_tokens[bisect_left(STEP_TOKENS, n_tokens)] += 1
         scheduler, adapters = self._scheduler, self._adapters
@@ -49,6 +56,9 @@ class StepStats:
             n_fairness_preemptions=scheduler.n_fairness_preemptions,
             tenants=scheduler.waiting.stats(),
             n_jump_forward_tokens=self._n_jump_forward_tokens,
+            n_drafts=self._n_drafts,
+            n_drafted_tokens=self._n_drafted,
+            n_accepted_tokens=self._n_accepted,
             prefix_queries=self._kv.n_queried,
             prefix_hits=self._kv.n_found,
             pool_bytes_used=adapters.pool.bytes_used,

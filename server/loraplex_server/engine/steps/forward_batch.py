@@ -55,7 +55,7 @@ class ForwardBatch:
     chunk_rows: tuple[slice, ...]  # rows of each chunk
     virtual_rows: tuple[tuple[int, Request, int], ...]  # (row, request, index of virtual token)
     row_slots: Tensor | None = None  # int32 [n_rows], adapter slots, −1 = none; not on a CPU
-    # int64 [n], the last rows of chunks that sample; None if every row samples
+    # int64 [n], the rows that sample: the last ones of chunks; None if every row samples
     sampling_rows: Tensor | None = None
     own_rows: Mapping[str, Tensor] = field(default_factory=dict)  # int64, see ``build_batch``
     planned_attention: PlannedAttention | None = None
@@ -80,7 +80,7 @@ def build_batch(
     future: FutureTokens | None = None,
 ) -> ForwardBatch:
     """Build the inputs of a step, whose requests have pages for all tokens."""
-    n_tokens = np.array([chunk.n_tokens for chunk in chunks], dtype=np.int64)
+    n_tokens = np.array([chunk.n_rows for chunk in chunks], dtype=np.int64)
     starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
     query_starts = np.zeros(len(chunks) + 1, dtype=np.int64)
     np.cumsum(n_tokens, out=query_starts[1:])
@@ -92,7 +92,7 @@ def build_batch(
     pages = page_table[np.repeat(np.arange(len(chunks)), n_tokens), positions // kv_cache.page_size]
     slot_mapping = pages.astype(np.int64) * kv_cache.page_size + positions % kv_cache.page_size
     token_ids = np.fromiter(
-        (t for c in chunks for t in c.request.token_ids[c.start : c.start + c.n_tokens]),
+        (t for c in chunks for t in (*_known_tokens(c), *c.drafts)),
         dtype=np.int64,
         count=int(query_starts[-1]),
     )
@@ -110,9 +110,13 @@ def build_batch(
     }
     if buffers is not None:
         _add_spare_rows(arrays, buffers)
-    ends = [end - 1 for chunk, end in zip(chunks, query_starts[1:], strict=True) if chunk.samples]
-    if len(ends) < len(token_ids):
-        arrays["sampling_rows"] = np.array(ends, dtype=np.int64)
+    sampling = [
+        row
+        for chunk, end in zip(chunks, query_starts[1:].tolist(), strict=True)
+        for row in range(end - len(chunk.generating), end)
+    ]
+    if len(sampling) < len(token_ids):
+        arrays["sampling_rows"] = np.array(sampling, dtype=np.int64)
     own = own_rows or {}
     extra = [] if future is None else [future.rows, future.sources]
     extra_arrays = [np.array(part, dtype=np.int64) for part in (*extra, *own.values())]
@@ -135,6 +139,10 @@ def build_batch(
         own_rows=dict(zip(own, on_device, strict=True)),
         **named,
     )
+
+
+def _known_tokens(chunk: ScheduledChunk) -> Sequence[int]:
+    return chunk.request.token_ids[chunk.start : chunk.start + chunk.n_tokens]
 
 
 _SPARE = (("token_ids", 0), ("positions", 0), ("slot_mapping", -1), ("row_slots", -1))

@@ -137,10 +137,11 @@ class ModelRunner(StepRunner):
         """
         parts = parts_of(chunks, self._adapters, self._graphs)
         generating = [
-            chunk.request
+            state
             for part in parts
             for chunk in part.chunks
-            if chunk.samples and chunk.request.source.pooling is None
+            if chunk.request.source.pooling is None
+            for state in chunk.generating
         ]
         self._head.masks.start(generating)
         results = [self._forward(part, previous) for part in parts]
@@ -162,7 +163,9 @@ class ModelRunner(StepRunner):
         shard = self._model.shard
         if shard is not None and shard.others is not None:
             shard.others.check()
-        sampled = {r.id: token for r, token in zip(step.generating, tokens, strict=True)}
+        sampled: dict[str, list[Sampled]] = {}
+        for request, token in zip(step.generating, tokens, strict=True):
+            sampled.setdefault(request.id, []).append(token)
         return StepResult(sampled, step.prompt_logprobs, step.pooled)
 
     def release_cached_memory(self) -> None:
@@ -192,7 +195,7 @@ class ModelRunner(StepRunner):
         chunks, is_eager = part.chunks, part.buffers is None
         requests = [chunk.request for chunk in chunks]
         digests = [chunk.adapter_digest for chunk in chunks]
-        n_rows = [chunk.n_tokens for chunk in chunks]
+        n_rows = [chunk.n_rows for chunk in chunks]
         own_rows = self._adapters.own_rows(digests, n_rows, at_ends_alone=not is_eager)
         batch = self._build_batch(part, own_rows, previous)
         wants_all = any(request.source.reads_all_rows for request in requests)
@@ -211,7 +214,7 @@ class ModelRunner(StepRunner):
                 if chunk.request.source.sampling.prompt_logprobs is not None
             }
         pooled = _pooled(x, hidden if wants_all else None, chunks, batch)
-        generates = [c.request.source.pooling is None for c in chunks if c.samples]
+        generates = [c.request.source.pooling is None for c in chunks for _ in c.generating]
         if not any(generates):
             return _Forwarded(None, pooled, prompt_logprobs)
         if not all(generates):
@@ -233,8 +236,11 @@ class ModelRunner(StepRunner):
         if last is not None:
             segments = None
             if last.is_cpu:  # only native code reads these segments
-                sampling = [chunk.adapter_digest for chunk in chunks if chunk.samples]
-                segments = self._adapters.segments(sampling, [1] * len(sampling))
+                sampling = [chunk for chunk in chunks if chunk.samples]
+                segments = self._adapters.segments(
+                    [chunk.adapter_digest for chunk in sampling],
+                    [len(chunk.generating) for chunk in sampling],
+                )
             step.logits_rows = LogitsRows(last, segments)
         return self._model.forward(self._embed(batch, chunks))
 
@@ -285,14 +291,14 @@ def _pooled(
 ) -> dict[str, Tensor]:
     """Return the rows of requests for vectors, by id.
 
-    ``last``: a row for each chunk that ends its prompt. ``hidden``: all rows; None if no request
+    ``last``: the rows that sample. ``hidden``: all rows; None if no request
     needs them.
     """
     pooled: dict[str, Tensor] = {}
     n_ended = 0
     for chunk, rows in zip(chunks, batch.chunk_rows, strict=True):
         request, pooling = chunk.request, chunk.request.source.pooling
-        n_ended += chunk.samples
+        n_ended += len(chunk.generating)
         if pooling is None:
             continue
         if not pooling.reads_all_rows:
@@ -314,7 +320,7 @@ def _future_tokens(
     index = {id(request): i for i, request in enumerate(previous.generating)}
     rows, sources, end = [], [], 0
     for chunk in chunks:
-        end += chunk.n_tokens
+        end += chunk.n_rows
         if chunk.request.has_placeholder and chunk.samples:
             rows.append(end - 1)
             sources.append(index[id(chunk.request)])

@@ -39,7 +39,7 @@ def parts_of(
     for layers in map(LayerKind, range(highest, -1, -1)):
         is_captured = [kind is not None and kind <= layers for kind in kinds]
         captured = list(compress(chunks, is_captured))
-        n_rows = sum(chunk.n_tokens for chunk in captured)
+        n_rows = sum(chunk.n_rows for chunk in captured)
         buffers = graphs.buffers_for(layers, n_rows, is_decode=n_rows == len(captured))
         if buffers is not None:
             others = list(compress(chunks, (not is_in for is_in in is_captured)))

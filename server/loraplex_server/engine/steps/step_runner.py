@@ -17,7 +17,7 @@ from loraplex_server.engine.scheduling.scheduler import ScheduledChunk
 class StepResult:
     """The results of a step, by request id."""
 
-    sampled: dict[str, Sampled]
+    sampled: dict[str, list[Sampled]]  # a token for each of ``ScheduledChunk.generating``
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]  # of the chunk's tokens after the first
     pooled: dict[str, Tensor]  # hidden states float32 [n, hidden_size], see ``PooledRows.add``
 
@@ -26,7 +26,7 @@ class StepResult:
 class StartedStep:
     """A launched step, which the device may still be computing."""
 
-    generating: tuple[Request, ...]  # the requests that get a token
+    generating: tuple[Request, ...]  # the states that tokens are sampled from
     tokens: SampledRows | tuple[Sampled, ...]  # in the same order; known already on a CPU
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]
     pooled: dict[str, Tensor]

@@ -14,6 +14,7 @@ import jsonschema_rs
 import openai
 import pytest
 from openai import OpenAI
+from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, Field
 
@@ -95,8 +96,8 @@ def test_an_answer_is_the_same_with_log_probabilities_and_streamed(client: OpenA
     plain = chat(client, response_format=STRICT)
     scored = chat(client, response_format=STRICT, logprobs=True, top_logprobs=2)
     assert text_of(scored) == text_of(plain)
-    assert scored.usage == plain.usage
     assert plain.usage is not None
+    assert _counts(scored.usage) == _counts(plain.usage)
     logprobs = scored.choices[0].logprobs
     assert logprobs is not None
     entries = logprobs.content
@@ -118,7 +119,13 @@ def test_an_answer_is_the_same_with_log_probabilities_and_streamed(client: OpenA
         parts += [choice.delta.content or "" for choice in chunk.choices]
         usage = chunk.usage or usage
     assert "".join(parts) == text_of(plain)
-    assert usage == plain.usage
+    assert _counts(usage) == _counts(plain.usage)
+
+
+def _counts(usage: CompletionUsage | None) -> tuple[int, int]:
+    """Return the tokens of prompt and answer. Guesses depend on the time that steps take."""
+    assert usage is not None
+    return usage.prompt_tokens, usage.completion_tokens
 
 
 def test_openai_parses_answers_and_streams_into_pydantic_models(client: OpenAI) -> None:

@@ -22,14 +22,22 @@ class Usage(NamedTuple):
     n_prompt: int
     n_output: int
     n_cached: int
+    n_drafted: int = 0  # guesses of next tokens
+    n_accepted: int = 0  # guesses that became tokens of the answers
 
     def to_json(self) -> dict[str, object]:
-        return {
+        shown: dict[str, object] = {
             "prompt_tokens": self.n_prompt,
             "completion_tokens": self.n_output,
             "total_tokens": self.n_prompt + self.n_output,
             "prompt_tokens_details": {"cached_tokens": self.n_cached},
         }
+        if self.n_drafted:
+            shown["completion_tokens_details"] = {
+                "accepted_prediction_tokens": self.n_accepted,
+                "rejected_prediction_tokens": self.n_drafted - self.n_accepted,
+            }
+        return shown
 
 
 class Generation:
@@ -54,6 +62,8 @@ class Generation:
         self._by_id = {choice.request_id: choice for choice in self._choices}
         self._last_token_at: dict[str, float] = {}
         self._cached: dict[tuple[int, ...], int] = {}  # prompt → tokens from the prefix cache
+        self._n_drafted: dict[str, int] = {}  # by request id, like the next field
+        self._n_accepted: dict[str, int] = {}
         self._failure: ApiError | None = None  # of a choice
         self._is_admitted = False
         self._closed = False
@@ -79,7 +89,13 @@ class Generation:
     @property
     def usage(self) -> Usage:
         n_output = sum(c.n_output for c in self._choices if not c.spec.discard_output)
-        return Usage(self._n_prompt_tokens, n_output, sum(self._cached.values()))
+        return Usage(
+            self._n_prompt_tokens,
+            n_output,
+            sum(self._cached.values()),
+            sum(self._n_drafted.values()),
+            sum(self._n_accepted.values()),
+        )
 
     async def outputs(self) -> AsyncIterator[list[ChoiceOutput]]:
         """Yield the outputs since the last time. Choices begin in the order of their indices.
@@ -154,6 +170,8 @@ class Generation:
             return None
         if choice.n_output == 0:
             self._count_cached(choice, event.n_cached)
+        self._n_drafted[event.request_id] = event.n_drafted
+        self._n_accepted[event.request_id] = event.n_accepted
         output = choice.take(event)
         if output is not None and output.finish_reason is not None:
             self._metrics.finished(output.finish_reason, choice.n_output)

@@ -33,6 +33,7 @@ from .choice import ChoiceOutput, ChoiceRequest
 from .engine_call import CallContext
 from .generation import Generation, Usage
 from .logprobs import prompt_logprobs_json
+from .prediction import prediction_ids
 from .sampling import defaults_of, seed_of_choice, stop_rule, with_defaults
 from .structured_output import RequestedGrammar, requested_grammar
 
@@ -212,7 +213,8 @@ class TextCall(Generic[B]):
 
     def _close(self, generation: Generation) -> None:
         generation.close()
-        self.info.n_prompt_tokens, self.info.n_output_tokens, _ = generation.usage
+        usage = generation.usage
+        self.info.n_prompt_tokens, self.info.n_output_tokens = usage.n_prompt, usage.n_output
 
     async def _start(self, source: PromptSource[B]) -> tuple[Generation, AnswerFormat]:
         """The caller closes the generation. Raises ApiError, with the adapter released."""
@@ -231,8 +233,9 @@ class TextCall(Generic[B]):
             head = self._head(resolved, call)
             format_ = call.new_format(head)
             grammar = await self._compiled(call.grammar)
+            predicted = await prediction_ids(body, self.state.text, self.info.tenant)
             generation = self._generation(
-                self._requests(head.id, body, call, prompts, resolved, grammar),
+                self._requests(head.id, body, call, prompts, resolved, grammar, predicted),
                 resolved,
                 load_s,
                 prompts,
@@ -306,6 +309,7 @@ class TextCall(Generic[B]):
         prompts: Sequence[Prompt],
         resolved: ResolvedAdapter,
         grammar: CompiledGrammar | None,
+        predicted: tuple[int, ...],
     ) -> list[ChoiceRequest]:
         """Return the engine requests: ``n`` choices for each prompt."""
         salt = f"{self.info.tenant}/{body.cache_salt or ''}".strip("/")
@@ -326,6 +330,8 @@ class TextCall(Generic[B]):
                     share=self.info.share,
                     grammar=None if prompt.discard_output else grammar,
                     images=prompt.images,
+                    drafts=body.drafts is not False,
+                    prediction_ids=predicted,
                 )
                 choices.append(ChoiceRequest(request, stop, skip_special, prompt.discard_output))
         return choices

@@ -81,6 +81,17 @@ def test_a_flag_that_cannot_be_followed_is_refused_with_a_remedy(flag: str) -> N
         assert our_flags([f"--{flag}={harmless}"]) == ([], [])
 
 
+def test_vllms_guesses_from_the_text_are_our_drafts() -> None:
+    ngram = '{"method": "ngram", "num_speculative_tokens": 4}'
+    assert our_flags(["--speculative-config", ngram, "m"]) == (
+        ["m"],
+        [f"--speculative-config {ngram} has no effect: --drafts auto, the default, does it"],
+    )
+    for other in ('{"method": "eagle"}', '"ngram"', "ngram"):
+        with pytest.raises(ConfigError, match="--drafts auto"):
+            our_flags([f"--speculative-config={other}"])
+
+
 def test_the_model_may_stand_alone_and_errors_name_what_is_near(tmp_path: Path) -> None:
     missing = str(tmp_path / "none")
     result = CliRunner().invoke(app, ["serve", "--enable-lora", missing, "--port=0"])

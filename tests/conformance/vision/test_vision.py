@@ -19,14 +19,20 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from tests.conformance.load import put_upload
 from tests.conformance.oracle import make_peft
 from tests.conformance.peft_row import PeftRow, moved
 from tests.conformance.tiny_base import serving
 from tests.conformance.vision.vision_rows import VISION_ROWS, VisionRow
-from tests.support.bases.tiny_vision import IMAGE_ID, made_image, png, save_tiny_vision
+from tests.support.bases.tiny_vision import (
+    IMAGE_ID,
+    made_image,
+    png,
+    processor_of,
+    save_tiny_vision,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -119,7 +125,7 @@ def _served(row: VisionRow, folder: Path) -> _Served:
         _rename(folder / "all-linear", folder / "earlier-names", row.earlier_names)
     cases = [_Case(c.text, c.images, name) for name in models for c in _CASES]
     answers = asyncio.run(_ask_all(path, folder, list(models), cases))
-    return _Served(base, AutoProcessor.from_pretrained(path), models, answers)
+    return _Served(base, processor_of(path), models, answers)
 
 
 def _rename(source: Path, target: Path, names: Sequence[tuple[str, str]]) -> None:

@@ -22,5 +22,7 @@ _LLAVA_4 = (
 
 VISION_ROWS = (
     VisionRow("llava", "language_model", "multi_modal_projector", _LLAVA_4),
+    VisionRow("llava_next", "language_model", "multi_modal_projector"),
+    VisionRow("smolvlm", "text_model", "connector"),
     VisionRow("idefics3", "text_model", "connector"),
 )

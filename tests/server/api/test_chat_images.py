@@ -11,10 +11,14 @@ import httpx
 import pytest
 from anthropic import Anthropic
 from openai import OpenAI
+from peft import LoraConfig
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from loraplex_server.settings.config import HttpConfig
 from tests.conformance.base_rows import BASE_ROWS
+from tests.conformance.oracle import make_peft
+from tests.conformance.peft_row import PeftRow, moved
 from tests.conformance.tiny_base import app_of, save_base, tiny_engine_config
 from tests.support.bases.tiny_vision import made_image, png, save_tiny_vision
 from tests.support.servers.served_app import served_app
@@ -183,6 +187,22 @@ def test_a_text_with_the_placeholder_beside_an_image_is_refused(url: str) -> Non
     answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "base", "messages": messages})
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "image_placeholders"
+
+
+@pytest.mark.parametrize("target", ["patch_embedding", "position_embedding"])
+def test_adapters_of_parts_that_take_none_are_refused_by_name(
+    url: str, tmp_path: Path, target: str
+) -> None:
+    base = AutoModelForImageTextToText.from_pretrained(save_tiny_vision("llava", tmp_path / "base"))
+    row = PeftRow(target, lambda: LoraConfig(r=2, target_modules=[target, "q_proj"]), moved(0.1))
+    make_peft(row, base, tmp_path / "adapter")
+    files = {
+        "config": (tmp_path / "adapter/adapter_config.json").read_bytes(),
+        "weights": (tmp_path / "adapter/adapter_model.safetensors").read_bytes(),
+    }
+    answer = httpx.put(f"{url}/v1/adapters/{target}", files=files)
+    assert answer.status_code == 400, answer.text
+    assert f"vision_tower.embeddings.{target}" in answer.text
 
 
 def test_images_give_no_vectors(url: str) -> None:

@@ -2,12 +2,17 @@
 
 import base64
 import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
     CLIPImageProcessorPil,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -15,10 +20,17 @@ from transformers import (
     Idefics3Processor,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
 )
 
 from .tiny_tokenizer import tiny_tokenizer
@@ -32,6 +44,8 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _SIDE, _PATCH = 32, 8  # pixels of an image and of a patch
+_SHUFFLE = 2  # patches of a token of Idefics 3, across and down
+_SEQUENCE = (_SIDE // _PATCH // _SHUFFLE) ** 2  # its tokens of a tile
 _TEXT: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -55,11 +69,9 @@ _VISION: dict[str, Any] = {
 
 
 def save_tiny_vision(model_type: str, folder: Path) -> Path:
-    """Save a model of ``llava`` or ``idefics3`` with its processor. Weights are as large as
-    trained ones, so that images matter.
-    """
+    """Save a model with its processor. Weights are as large as trained ones: images matter."""
     torch.manual_seed(0)
-    model, processor = {"llava": _llava, "idefics3": _idefics3}[model_type]()
+    model, processor = _MADE[model_type]()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
@@ -92,44 +104,88 @@ def _tokenizer(*special: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _llava() -> tuple[PreTrainedModel, ProcessorMixin]:
-    tokenizer = _tokenizer()
-    config = LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", "projection_dim": 32, **_VISION},
-        text_config={**_TEXT, "vocab_size": len(tokenizer)},
-        image_token_id=IMAGE_ID,
-    )
-    size = {"height": _SIDE, "width": _SIDE}
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": _SIDE}, crop_size=size),
+def processor_of(folder: Path) -> Any:
+    """Return transformers' processor of a saved model, without SmolVLM's part for videos."""
+    if AutoConfig.from_pretrained(folder).model_type != "smolvlm":
+        return AutoProcessor.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Idefics3Processor(
+        AutoImageProcessor.from_pretrained(folder),
         tokenizer,
+        image_seq_len=_SEQUENCE,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _clip_processor(kind: Any, processor: Any, **options: Any) -> ProcessorMixin:
+    size = {"height": _SIDE, "width": _SIDE}
+    made: ProcessorMixin = processor(
+        kind(size={"shortest_edge": _SIDE}, crop_size=size, **options),
+        _tokenizer(),
         patch_size=_PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=_TEMPLATE,
     )
-    return LlavaForConditionalGeneration(config), processor
+    return made
 
 
-def _idefics3() -> tuple[PreTrainedModel, ProcessorMixin]:
+def _llava_config(kind: Any, **options: Any) -> Any:
+    return kind(
+        vision_config={"model_type": "clip_vision_model", "projection_dim": 32, **_VISION},
+        text_config={**_TEXT, "vocab_size": IMAGE_ID + 1},
+        image_token_id=IMAGE_ID,
+        **options,
+    )
+
+
+def _llava() -> tuple[PreTrainedModel, ProcessorMixin]:
+    model = LlavaForConditionalGeneration(_llava_config(LlavaConfig))
+    return model, _clip_processor(CLIPImageProcessorPil, LlavaProcessor)
+
+
+def _llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
+    pinpoints = [[_SIDE, 2 * _SIDE], [2 * _SIDE, _SIDE], [2 * _SIDE, 2 * _SIDE]]
+    config = _llava_config(LlavaNextConfig, image_grid_pinpoints=pinpoints)
+    processor = _clip_processor(
+        LlavaNextImageProcessorPil, LlavaNextProcessor, image_grid_pinpoints=pinpoints
+    )
+    return LlavaNextForConditionalGeneration(config), processor
+
+
+def _idefics3_like(
+    config: Any, model: Any, image_processor: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = _tokenizer(
         "<fake_token_around_image>",
         "<global-img>",
         "<end_of_utterance>",
         *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
     )
-    config = Idefics3Config(
-        vision_config=_VISION,
-        text_config={**_TEXT, "vocab_size": len(tokenizer)},
-        image_token_id=IMAGE_ID,
-        scale_factor=2,
-    )
     processor = Idefics3Processor(
-        Idefics3ImageProcessorPil(
-            size={"longest_edge": 2 * _SIDE}, max_image_size={"longest_edge": _SIDE}
-        ),
+        image_processor(size={"longest_edge": 2 * _SIDE}, max_image_size={"longest_edge": _SIDE}),
         tokenizer,
-        image_seq_len=(_SIDE // _PATCH) ** 2 // 4,
+        image_seq_len=_SEQUENCE,
         chat_template=_TEMPLATE,
     )
-    return Idefics3ForConditionalGeneration(config), processor
+    made: PreTrainedModel = model(
+        config(
+            vision_config=_VISION,
+            text_config={**_TEXT, "vocab_size": len(tokenizer)},
+            image_token_id=IMAGE_ID,
+            scale_factor=_SHUFFLE,
+        )
+    )
+    return made, processor
+
+
+_MADE: Mapping[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "idefics3": lambda: _idefics3_like(
+        Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil
+    ),
+    "smolvlm": lambda: _idefics3_like(
+        SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil
+    ),
+}

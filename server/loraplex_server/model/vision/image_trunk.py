@@ -35,7 +35,7 @@ class ImageReference:
     """The features of a made image by transformers' own modules."""
 
     linears: frozenset[str]  # that an image's features depend on
-    pixels: Tensor
+    inputs: Mapping[str, Tensor]
     features: Tensor  # [n_tokens, hidden_size]
     tolerance: float
 
@@ -45,10 +45,7 @@ class ImageReference:
 
         Raises UnsupportedBase if the tower does not run.
         """
-        generator = torch.Generator().manual_seed(0)
-        size = int(model.config.vision_config.image_size)
-        pixels = torch.randn(1, 3, size, size, generator=generator)
-        pixels = pixels.to(model.device, model.dtype)
+        inputs = _made_image(model, layout)
         layers = [
             name
             for name, _ in model.named_modules()
@@ -61,15 +58,13 @@ class ImageReference:
                 if isinstance(module, nn.Linear) and name.startswith(layout.parts):
                     stack.callback(module.register_forward_hook(_noting(called, name)).remove)
             stack.enter_context(disturbed(model, layers, rounding))
-            twice = pixels.repeat(2, 1, 1, 1)
-            if layout.has_tiles:
-                twice = twice.unsqueeze(1)
+            twice = {name: torch.cat((value, value)) for name, value in inputs.items()}
             try:
-                clean, moved = _features_of(model, {"pixel_values": twice})
+                clean, moved = _features_of(model, twice)
             except Exception as error:
                 raise UnsupportedBase(f"its tower does not run on an image: {error}") from error
         tolerance = tolerance_of(moved, clean, rounding)
-        return ImageReference(frozenset(called), pixels, clean, tolerance)
+        return ImageReference(frozenset(called), inputs, clean, tolerance)
 
 
 class ImageTrunk:
@@ -109,9 +104,8 @@ class ImageTrunk:
     def check(self) -> None:
         """Raises UnsupportedBase if the features differ from those of transformers."""
         expected = self._reference
-        pixels = expected.pixels.unsqueeze(0) if self.layout.has_tiles else expected.pixels
         with torch.inference_mode():
-            off = rms(differences(self.features({"pixel_values": pixels}), expected.features))
+            off = rms(differences(self.features(expected.inputs), expected.features))
         if off > expected.tolerance:
             raise UnsupportedBase(
                 "its tower answers differently from transformers: the features of an image differ "
@@ -127,6 +121,19 @@ class ImageTrunk:
             self.step.positions = torch.zeros(n_rows, dtype=torch.int64)
             self._bind(n_rows)
         return (inputs[0].contiguous(), *inputs[1:])
+
+
+def _made_image(model: PreTrainedModel, layout: VisionLayout) -> dict[str, Tensor]:
+    """Return the inputs of the tower for a square image of random pixels."""
+    config = model.config
+    size = int(config.vision_config.image_size)
+    n_tiles = layout.n_tiles(config, (size, size)) if layout.n_tiles is not None else 1
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(n_tiles, 3, size, size, generator=generator)
+    inputs = {"pixel_values": pixels if layout.n_tiles is None else pixels.unsqueeze(0)}
+    if "image_sizes" in layout.inputs:
+        inputs["image_sizes"] = torch.tensor([[size, size]])
+    return {name: _to(value, model) for name, value in inputs.items()}
 
 
 def _features_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -3,12 +3,17 @@
 image → tower → projector → embeddings in place of the placeholder tokens → language model
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraplex_server.model.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,17 +22,36 @@ class VisionLayout:
 
     parts: tuple[str, ...]  # the tower and the projector
     inputs: tuple[str, ...]  # what the tower reads, by the names of the image processor
-    has_tiles: bool = False  # an image is several pictures: pixel values [1, n_tiles, 3, h, w]
+    # The tiles of an image of that height and width, whose pixels are [1, n_tiles, 3, h, w]. None:
+    # an image is one picture [1, 3, h, w].
+    n_tiles: Callable[[PretrainedConfig, tuple[int, int]], int] | None = None
 
 
+def _one_tile(config: PretrainedConfig, size: tuple[int, int]) -> int:
+    return 1  # of an image that is no larger than a tile
+
+
+def _tiles_of_pinpoints(config: PretrainedConfig, size: tuple[int, int]) -> int:
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    n_tiles: int = image_size_to_num_patches(
+        list(size), config.image_grid_pinpoints, config.vision_config.image_size
+    )
+    return n_tiles
+
+
+_LLAVA = ("model.vision_tower", "model.multi_modal_projector")
 _IDEFICS3 = VisionLayout(
     ("model.vision_model", "model.connector"),
     ("pixel_values", "pixel_attention_mask"),
-    has_tiles=True,
+    n_tiles=_one_tile,
 )
 
 VISION_LANGUAGE: Mapping[str, VisionLayout] = {
-    "llava": VisionLayout(("model.vision_tower", "model.multi_modal_projector"), ("pixel_values",)),
+    "llava": VisionLayout(_LLAVA, ("pixel_values",)),
+    "llava_next": VisionLayout(
+        _LLAVA, ("pixel_values", "image_sizes"), n_tiles=_tiles_of_pinpoints
+    ),
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,
 }

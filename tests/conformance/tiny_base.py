@@ -39,19 +39,9 @@ def save_base(row: BaseRow, folder: Path, *, seed: int = 0) -> Path:
 
 
 @asynccontextmanager
-async def serving(
-    base: Path,
-    state: Path,
-    *,
-    quantization: str = "none",
-    tensor_parallel_size: int = 1,
-    dtype: str = "float32",
-) -> AsyncIterator[httpx.AsyncClient]:
-    """Raises ModelError if the server refuses to start on this base."""
-    engine = tiny_engine_config(
-        quantization=quantization, tensor_parallel_size=tensor_parallel_size, dtype=dtype
-    )
-    with app_of(base, state, engine) as app:
+async def serving(base: Path, state: Path, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Raises ModelError if the server refuses to start. ``options``: of the engine's config."""
+    with app_of(base, state, tiny_engine_config(**options)) as app:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://127.0.0.1", timeout=120

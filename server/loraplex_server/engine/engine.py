@@ -13,6 +13,7 @@ import torch
 
 from loraplex_adapter_store.leasing import AdapterLease
 from loraplex_server.model.vision.prompt_image import prefix_key_ids
+from loraplex_server.model.vision.rope_positions import rope_positions
 
 from .adapters.adapter_packer import AdapterPacker
 from .adapters.expert_monitor import ExpertMonitor
@@ -155,5 +156,8 @@ class Engine:
             seed=secrets.randbits(63) if seed is None else seed,
             prompt_key_ids=virtual + prefix_key_ids(source.prompt_ids, source.images)
             if source.images
+            else None,
+            rope=rope_positions(len(token_ids), source.images, n_virtual)
+            if any(image.grid is not None for image in source.images)
             else None,
         )

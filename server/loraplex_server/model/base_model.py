@@ -222,9 +222,10 @@ class BaseModel:
 
     def run_modules(self, embeddings: Tensor) -> Tensor:
         """Run ``forward`` through transformers' modules, even if the layers are fused."""
+        rope = self.step.rope_positions
         output = self._decoder(
             inputs_embeds=embeddings.unsqueeze(0),
-            position_ids=self.step.positions.unsqueeze(0),
+            position_ids=self.step.positions.unsqueeze(0) if rope is None else rope.unsqueeze(1),
             attention_mask=None,
             use_cache=False,
         )

@@ -12,6 +12,8 @@ PACKED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "mistral": (_QKV, _GATE_UP),
     "qwen2": (_QKV, _GATE_UP),
     "qwen3": (_QKV, _GATE_UP),
+    "qwen2_5_vl_text": (_QKV, _GATE_UP),
+    "qwen2_vl_text": (_QKV, _GATE_UP),
     "gemma": (_QKV, _GATE_UP),
     "gemma2": (_QKV, _GATE_UP),
     "gemma3_text": (_QKV, _GATE_UP),

@@ -28,6 +28,7 @@ class ReadImage(NamedTuple):
     digest: bytes  # of the file
     inputs: Mapping[str, Tensor]  # of the tower
     text: str  # stands in place of the image's placeholder
+    grid: tuple[int, int] | None  # see ``PromptImage``
 
 
 class Processor(Protocol):
@@ -77,7 +78,12 @@ class ImagePrompts:
         prepared = self._processor.image_processor([image], return_tensors="pt", **self._options)
         text = self._processor.replace_image_token(prepared, 0)
         inputs = {name: prepared[name] for name in self._layout.inputs if name in prepared}
-        return ReadImage(hashlib.sha256(data).digest(), inputs, text)
+        grid = None
+        if "image_grid_thw" in prepared:
+            _, height, width = prepared["image_grid_thw"][0].tolist()
+            merge = self._processor.image_processor.merge_size
+            grid = height // merge, width // merge
+        return ReadImage(hashlib.sha256(data).digest(), inputs, text, grid)
 
     def expand(self, ids: Sequence[int], image_ids: Sequence[Sequence[int]]) -> tuple[int, ...]:
         """Replace each placeholder in ``ids`` by the tokens of its image.
@@ -105,15 +111,34 @@ class ImagePrompts:
                 image.digest,
                 image.inputs,
                 tuple(itertools.islice(positions, image.text.count(self.token))),
+                image.grid,
             )
             for image in images
         )
+
+
+class _PatchProcessor:
+    """The processor of Qwen-VL without its part for videos, which needs more packages."""
+
+    def __init__(self, path: Path, image_token_id: int) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self.image_processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        self.image_token = str(tokenizer.convert_ids_to_tokens(image_token_id))
+        self.chat_template = tokenizer.chat_template
+
+    def replace_image_token(self, image_inputs: Any, image_idx: int) -> str:
+        n_patches = int(image_inputs["image_grid_thw"][image_idx].prod())
+        return self.image_token * (n_patches // int(self.image_processor.merge_size) ** 2)
 
 
 def _load(path: Path) -> tuple[Processor, int]:
     from transformers import AutoConfig, AutoProcessor
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
+        return _PatchProcessor(path, config.image_token_id), config.image_token_id
     if config.model_type != "smolvlm":
         return AutoProcessor.from_pretrained(path, local_files_only=True), config.image_token_id
     from transformers import AutoImageProcessor, AutoTokenizer, Idefics3Processor

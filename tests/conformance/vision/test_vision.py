@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from tests.conformance.load import put_upload
@@ -144,8 +145,11 @@ def _rename(source: Path, target: Path, names: Sequence[tuple[str, str]]) -> Non
 async def _ask_all(
     base: Path, folder: Path, names: list[str], cases: list[_Case]
 ) -> dict[_Case, _Answer]:
-    """Ask all cases at once, so that adapters and images share steps and the prefix cache."""
-    async with serving(base, folder / "state") as client:
+    """Ask all cases at once, so that adapters and images share steps and the prefix cache.
+
+    Steps are short, so that most images are divided.
+    """
+    async with serving(base, folder / "state", max_step_tokens=40) as client:
         for name in filter(None, names):
             put = await put_upload(client, name, folder / name)
             assert put.status == 201, f"{name}: {put.message}"
@@ -194,6 +198,9 @@ def _logprobs(served: _Served, model: torch.nn.Module, case: _Case, answer: _Ans
     inputs = served.processor(text=[text], images=pictures, return_tensors="pt")
     prompt_ids = inputs.pop("input_ids")
     inputs.pop("attention_mask")
+    if "mm_token_type_ids" in inputs:
+        types = inputs["mm_token_type_ids"]
+        inputs["mm_token_type_ids"] = pad(types, (0, len(answer.token_ids)))
     ids = torch.cat([prompt_ids, torch.tensor([answer.token_ids])], dim=1)
     with torch.inference_mode():
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs)
@@ -209,7 +216,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("row", "adapter"),
     [
-        pytest.param(row, name, id=f"{row.id}-{name or 'base'}")
+        pytest.param(
+            *(row, name),
+            id=f"{row.id}-{name or 'base'}",
+            marks=[pytest.mark.nightly] if row.nightly else [],
+        )
         for row in VISION_ROWS
         for name in ("", *_configs(row), *(["earlier-names"] if row.earlier_names else []))
     ],

@@ -10,6 +10,7 @@ class VisionRow:
     projector: str
     # Parts of names in adapters → what they were with transformers 4.
     earlier_names: tuple[tuple[str, str], ...] = ()
+    nightly: bool = False  # a layout that differs little from another one
     refused: str | None = None
     wrong: str | None = None
 
@@ -23,6 +24,8 @@ _LLAVA_4 = (
 VISION_ROWS = (
     VisionRow("llava", "language_model", "multi_modal_projector", _LLAVA_4),
     VisionRow("llava_next", "language_model", "multi_modal_projector"),
-    VisionRow("smolvlm", "text_model", "connector"),
+    VisionRow("smolvlm", "text_model", "connector", nightly=True),
     VisionRow("idefics3", "text_model", "connector"),
+    VisionRow("qwen2_vl", "language_model", "merger", nightly=True),
+    VisionRow("qwen2_5_vl", "language_model", "merger"),
 )

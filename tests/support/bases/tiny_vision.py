@@ -28,6 +28,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     SmolVLMImageProcessorPil,
@@ -105,10 +110,13 @@ def _tokenizer(*special: str) -> PreTrainedTokenizerFast:
 
 
 def processor_of(folder: Path) -> Any:
-    """Return transformers' processor of a saved model, without SmolVLM's part for videos."""
-    if AutoConfig.from_pretrained(folder).model_type != "smolvlm":
-        return AutoProcessor.from_pretrained(folder)
+    """Return transformers' processor of a saved model, without parts for videos."""
+    model_type = AutoConfig.from_pretrained(folder).model_type
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    if model_type.startswith("qwen"):
+        return _QwenProcessor(AutoImageProcessor.from_pretrained(folder), tokenizer)
+    if model_type != "smolvlm":
+        return AutoProcessor.from_pretrained(folder)
     return Idefics3Processor(
         AutoImageProcessor.from_pretrained(folder),
         tokenizer,
@@ -179,7 +187,55 @@ def _idefics3_like(
     return made, processor
 
 
-_MADE: Mapping[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
+class _QwenProcessor:
+    """Qwen-VL's processor without its part for videos, which needs more packages."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any) -> None:
+        self._images, self._tokenizer = image_processor, tokenizer
+
+    def save_pretrained(self, folder: Path) -> None:
+        self._images.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+    def apply_chat_template(self, chat: Any, **options: Any) -> Any:
+        return self._tokenizer.apply_chat_template(chat, **options)
+
+    def __call__(self, *, text: list[str], images: Any, return_tensors: str) -> dict[str, Any]:
+        (expanded,), inputs = text, {}
+        if images is not None:
+            inputs = dict(self._images(images[0], return_tensors=return_tensors))
+            for grid in inputs["image_grid_thw"]:
+                n_tokens = int(grid.prod()) // self._images.merge_size**2
+                expanded = expanded.replace(IMAGE, "@" * n_tokens, 1)
+        ids = self._tokenizer(expanded.replace("@", IMAGE), return_tensors=return_tensors)
+        types = ids["input_ids"].eq(IMAGE_ID).int()
+        return {**ids, **inputs, "mm_token_type_ids": types}
+
+
+def _qwen_vl(config: Any, model: Any, vision: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = _TEMPLATE
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    made: PreTrainedModel = model(
+        config(
+            vision_config={"patch_size": 4, "spatial_merge_size": _SHUFFLE, **vision},
+            text_config={
+                **_TEXT,
+                "model_type": f"{config.model_type}_text",
+                "vocab_size": len(tokenizer),
+                "rope_parameters": rope,
+            },
+            image_token_id=IMAGE_ID,
+            video_token_id=IMAGE_ID - 1,
+        )
+    )
+    images = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=_SHUFFLE, size={"shortest_edge": 64, "longest_edge": 4096}
+    )
+    return made, _QwenProcessor(images, tokenizer)
+
+
+_MADE: Mapping[str, Callable[[], tuple[PreTrainedModel, Any]]] = {
     "llava": _llava,
     "llava_next": _llava_next,
     "idefics3": lambda: _idefics3_like(
@@ -187,5 +243,23 @@ _MADE: Mapping[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     ),
     "smolvlm": lambda: _idefics3_like(
         SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil
+    ),
+    "qwen2_5_vl": lambda: _qwen_vl(
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "depth": 3,
+            "out_hidden_size": 64,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+    ),
+    "qwen2_vl": lambda: _qwen_vl(
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        {"embed_dim": 32, "hidden_size": 64, "num_heads": 2, "depth": 3, "mlp_ratio": 2},
     ),
 }

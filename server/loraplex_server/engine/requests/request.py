@@ -15,6 +15,8 @@ import numpy as np
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
+from loraplex_server.model.vision.rope_positions import RopePositions
+
 from .client import GenerationRequest, Listener
 from .events import TokenLogprobs
 from .grammar import CompiledGrammar
@@ -196,6 +198,7 @@ class Request:
     is_full: bool = False  # the placeholder is the last token of the answer
     n_sent: int = 0  # tokens of the output that were sent
     prompt_key_ids: list[int] | None = None  # in place of a prompt with images, in ``key_ids``
+    rope: RopePositions | None = None  # of images whose positions have axes
     guesses: Guesses | None = None  # source of drafts
     n_drafted: int = 0  # drafts that steps verified
     n_accepted: int = 0  # drafts that became tokens of the answer

@@ -59,6 +59,7 @@ class ForwardBatch:
     sampling_rows: Tensor | None = None
     own_rows: Mapping[str, Tensor] = field(default_factory=dict)  # int64, see ``build_batch``
     planned_attention: PlannedAttention | None = None
+    rope_positions: Tensor | None = None  # int64 [3, n_rows], if a request has images with axes
 
     def bind(self, step: ForwardContext) -> None:
         """Copies positions, slots and page tables into the step. Adapters are set elsewhere."""
@@ -66,6 +67,7 @@ class ForwardBatch:
         step.page_table, step.query_starts = self.page_table, self.query_starts
         step.kv_lens, step.logits_rows = self.kv_lens, None
         step.planned_attention = self.planned_attention
+        step.rope_positions = self.rope_positions
 
 
 def build_batch(
@@ -108,6 +110,8 @@ def build_batch(
         "page_table": np.ascontiguousarray(page_table),
         "query_starts": query_starts.astype(np.int32),
     }
+    if any(chunk.request.rope is not None for chunk in chunks):
+        arrays["rope_positions"] = np.concatenate([*map(_rope_positions, chunks)], axis=1)
     if buffers is not None:
         _add_spare_rows(arrays, buffers)
     sampling = [
@@ -157,6 +161,14 @@ def _add_spare_rows(
         padded = np.full(buffers.n_rows, value, dtype=arrays[name].dtype)
         padded[: len(arrays[name])] = arrays[name]
         arrays[name] = padded
+
+
+def _rope_positions(chunk: ScheduledChunk) -> NDArray[np.int64]:
+    """Return the positions [3, n_rows] of a chunk."""
+    rope = chunk.request.rope
+    if rope is not None:
+        return rope.of(chunk.start, chunk.n_rows)
+    return np.tile(np.arange(chunk.start, chunk.start + chunk.n_rows), (3, 1))
 
 
 def _virtual_rows(

@@ -87,6 +87,7 @@ class ForwardContext:
     """The inputs of a step. The runner writes them; the modules of the model only read them."""
 
     positions: Tensor = field(default_factory=_no_int64)  # [T]
+    rope_positions: Tensor | None = None  # [3, T], where they differ from ``positions``
     slot_mapping: Tensor = field(default_factory=_no_int64)  # [T] flat KV
     page_table: Tensor = field(default_factory=lambda: _no_int32().view(0, 0))  # [n, max_pages]
     query_starts: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))  # [n+1]

@@ -126,14 +126,26 @@ class ImageTrunk:
 def _made_image(model: PreTrainedModel, layout: VisionLayout) -> dict[str, Tensor]:
     """Return the inputs of the tower for a square image of random pixels."""
     config = model.config
+    generator = torch.Generator().manual_seed(0)
+    if "image_grid_thw" in layout.inputs:
+        return _made_patches(model, generator)
     size = int(config.vision_config.image_size)
     n_tiles = layout.n_tiles(config, (size, size)) if layout.n_tiles is not None else 1
-    generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(n_tiles, 3, size, size, generator=generator)
     inputs = {"pixel_values": pixels if layout.n_tiles is None else pixels.unsqueeze(0)}
     if "image_sizes" in layout.inputs:
         inputs["image_sizes"] = torch.tensor([[size, size]])
     return {name: _to(value, model) for name, value in inputs.items()}
+
+
+def _made_patches(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return the patches of an image with twice as many columns as rows."""
+    vision = model.config.vision_config
+    n_rows = 4 * int(vision.spatial_merge_size)
+    width = int(vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+    pixels = torch.randn(2 * n_rows**2, width, generator=generator)
+    grid = torch.tensor([[1, n_rows, 2 * n_rows]])
+    return {"pixel_values": _to(pixels, model), "image_grid_thw": _to(grid, model)}
 
 
 def _features_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:

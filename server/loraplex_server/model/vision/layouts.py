@@ -47,6 +47,8 @@ _IDEFICS3 = VisionLayout(
     n_tiles=_one_tile,
 )
 
+_QWEN_VL = VisionLayout(("model.visual",), ("pixel_values", "image_grid_thw"))
+
 VISION_LANGUAGE: Mapping[str, VisionLayout] = {
     "llava": VisionLayout(_LLAVA, ("pixel_values",)),
     "llava_next": VisionLayout(
@@ -54,6 +56,8 @@ VISION_LANGUAGE: Mapping[str, VisionLayout] = {
     ),
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
 }
 
 

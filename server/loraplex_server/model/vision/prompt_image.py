@@ -16,6 +16,8 @@ class PromptImage:
     digest: bytes  # of the file
     inputs: Mapping[str, Tensor]  # by the names of the image processor
     positions: tuple[int, ...]  # of the placeholders in the prompt, ascending
+    # Rows and columns of its tokens, if positions follow them (M-RoPE).
+    grid: tuple[int, int] | None = None
 
 
 def prefix_key_ids(prompt_ids: Sequence[int], images: Sequence[PromptImage]) -> list[int]:

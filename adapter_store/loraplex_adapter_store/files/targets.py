@@ -17,10 +17,11 @@ _WRAPPERS = (
     *("mola.", "loramoe."),  # MoE-PEFT
     *("language_model.", "text_model."),  # the language model of a multimodal model
 )
-# Parts of names of LLaVA in transformers 4 → the same in transformers 5.
+# Parts of names of LLaVA and Qwen-VL in transformers 4 → the same in transformers 5.
 _RENAMED = (
     ("language_model.model.", "language_model."),
     ("vision_tower.vision_model.", "vision_tower."),
+    ("model.layers.", "model.language_model.layers."),
 )
 
 

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from loraplex_server.errors import invalid
+from loraplex_server.errors import invalid, unavailable
 from loraplex_server.images import ImageLimits, decode_image, image_bytes
 from loraplex_server.model.errors import ModelError
 from loraplex_server.model.loading.loader import run_load
 from loraplex_server.model.vision.layouts import VisionLayout, layout_of
 from loraplex_server.model.vision.prompt_image import PromptImage
+
+_MAX_BYTES = 4 << 30  # of all prepared images, of requests that wait or run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,9 +46,18 @@ class Processor(Protocol):
 
 
 class ImagePrompts:
-    """The image processor of a base. Stateless, so any thread may use it."""
+    """The image processor of a base, and the memory of prepared images. Any thread may use it."""
 
-    def __init__(self, processor: Processor, layout: VisionLayout, image_token_id: int) -> None:
+    def __init__(
+        self,
+        processor: Processor,
+        layout: VisionLayout,
+        image_token_id: int,
+        *,
+        max_bytes: int = _MAX_BYTES,
+    ) -> None:
+        """``max_bytes``: of all prepared images that are held at a time."""
+        self._memory = _ImageMemory(max_bytes)
         self._processor, self._layout = processor, layout
         self._options: Mapping[str, object] = getattr(type(processor), "images_kwargs", None) or {}
         self._token_id = image_token_id
@@ -52,7 +65,7 @@ class ImagePrompts:
         self.chat_template = processor.chat_template
 
     @staticmethod
-    def of(path: Path) -> ImagePrompts | None:
+    def of(path: Path, *, max_bytes: int = _MAX_BYTES) -> ImagePrompts | None:
         """Return the processor of the model in ``path``; None if the model sees no images.
 
         Raises ModelError if the processor cannot be loaded.
@@ -66,18 +79,20 @@ class ImagePrompts:
             raise ModelError(
                 f"the image processor of {str(path)!r} cannot be loaded: {error}"
             ) from error
-        return ImagePrompts(processor, layout, token_id)
+        return ImagePrompts(processor, layout, token_id, max_bytes=max_bytes)
 
     def read(self, source: str, limits: ImageLimits) -> ReadImage:
         """Decode an image and prepare it. ``source``: a data URL or base64.
 
-        Takes milliseconds to tenths of a second. Raises ImageRefused.
+        Takes milliseconds to tenths of a second. Raises ImageRefused, and ApiError (503) while
+        other images take all memory.
         """
         data = image_bytes(source, limits)
         image = decode_image(data, limits)
         prepared = self._processor.image_processor([image], return_tensors="pt", **self._options)
         text = self._processor.replace_image_token(prepared, 0)
         inputs = {name: prepared[name] for name in self._layout.inputs if name in prepared}
+        self._memory.hold(*inputs.values())
         grid = None
         if "image_grid_thw" in prepared:
             _, height, width = prepared["image_grid_thw"][0].tolist()
@@ -115,6 +130,31 @@ class ImagePrompts:
             )
             for image in images
         )
+
+
+class _ImageMemory:
+    """Counts the bytes of tensors that live, so that requests that wait cannot fill the memory."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._n_bytes = max_bytes, 0
+        self._lock = threading.RLock()  # a collection of garbage may release within ``hold``
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Count the tensors until they are freed. Raises ApiError (503) if there is no room."""
+        n_bytes = sum(tensor.nbytes for tensor in tensors)
+        with self._lock:
+            if self._n_bytes and self._n_bytes + n_bytes > self._max_bytes:
+                raise unavailable(
+                    "the images of other requests take all memory for images; try again",
+                    "images_busy",
+                )
+            self._n_bytes += n_bytes
+        for tensor in tensors:
+            weakref.finalize(tensor, self._release, tensor.nbytes).atexit = False
+
+    def _release(self, n_bytes: int) -> None:
+        with self._lock:
+            self._n_bytes -= n_bytes
 
 
 class _PatchProcessor:

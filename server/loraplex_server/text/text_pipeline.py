@@ -68,6 +68,7 @@ class TextPipeline:
         self._added = {token.content: token_id for token_id, token in added}
         self._special = {token.content for _, token in added if token.special}
         self._max_chars: int | None = None
+        self._max_tokens = max_model_len
         if max_model_len is not None:
             longest = max(map(len, self.backend.get_vocab()), default=1)
             self._max_chars = max_model_len * longest
@@ -192,7 +193,11 @@ class TextPipeline:
     async def read_images(
         self, sources: Sequence[str], limits: ImageLimits, *, tenant: str
     ) -> list[ReadImage | ImageRefused]:
-        """Decode and prepare images. Raises ApiError (429) if the tenant's queue is full."""
+        """Decode and prepare images one by one, up to the first that is refused.
+
+        Raises ApiError: 400 for more than the context holds, 429 if the tenant's queue is full,
+        503 if other images take all memory.
+        """
         processor = self.images
         assert processor is not None, "the base sees no images"
 
@@ -202,7 +207,21 @@ class TextPipeline:
             except ImageRefused as error:
                 return error
 
-        return [await self._image_threads.run(tenant, partial(read, source)) for source in sources]
+        images: list[ReadImage | ImageRefused] = []
+        n_tokens = 0
+        for source in sources:
+            images.append(await self._image_threads.run(tenant, partial(read, source)))
+            if isinstance(images[-1], ImageRefused):
+                break
+            n_tokens += images[-1].text.count(processor.token)
+            if self._max_tokens is not None and n_tokens > self._max_tokens:
+                raise invalid(
+                    f"the first {len(images)} images take {n_tokens} tokens, the context holds "
+                    f"{self._max_tokens}; send fewer or smaller images",
+                    "messages",
+                    "context_length_exceeded",
+                )
+        return images
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, tenant: str) -> str:
         decode = self.backend.decode

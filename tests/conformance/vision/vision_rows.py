@@ -20,6 +20,10 @@ _LLAVA_4 = (
     ("model.model.vision_tower.", "model.vision_tower.vision_model."),
     ("model.model.multi_modal_projector.", "model.multi_modal_projector."),
 )
+_QWEN_4 = (
+    ("model.model.language_model.", "model.model."),
+    ("model.model.visual.", "model.visual."),
+)
 
 VISION_ROWS = (
     VisionRow("llava", "language_model", "multi_modal_projector", _LLAVA_4),
@@ -27,5 +31,5 @@ VISION_ROWS = (
     VisionRow("smolvlm", "text_model", "connector", nightly=True),
     VisionRow("idefics3", "text_model", "connector"),
     VisionRow("qwen2_vl", "language_model", "merger", nightly=True),
-    VisionRow("qwen2_5_vl", "language_model", "merger"),
+    VisionRow("qwen2_5_vl", "language_model", "merger", _QWEN_4),
 )

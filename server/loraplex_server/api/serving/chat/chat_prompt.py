@@ -123,7 +123,7 @@ class AdapterChat:
             raise from_image(error, "messages") from error
         sources = [part.source for part in parts]
         images = await self._text.read_images(sources, limits, tenant=self._tenant)
-        for image, part in zip(images, parts, strict=True):
+        for image, part in zip(images, parts, strict=False):  # ends with the first refused one
             if isinstance(image, ImageRefused):
                 raise from_image(image, part.where)
         self._images = [image for image in images if isinstance(image, ReadImage)]

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SAMPLES_PER_PARAMETER = 256
+# Models with two towers, whose table of tokens transformers does not name.
+_TEXT_TABLES = {
+    "clip": "text_model.embeddings.token_embedding",
+    "siglip": "text_model.embeddings.token_embedding",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +67,12 @@ class BaseSpec:
     tie_word_embeddings: bool
     hidden_act: str
     conv1d: frozenset[str]  # modules whose weight is stored as [in, out] (GPT-2)
-    input_embedding: str  # module name, as "model.embed_tokens"
+    input_embedding: str  # module name, as "model.embed_tokens"; empty: it reads no tokens
     output_head: str  # module name, as "lm_head"
     # The linear of an encoder's labels, such as "classifier.out_proj". No field above has it.
     classifier: str = ""
+    # Features of a text or an image, which the classifier reads; 0: as many as ``hidden_size``.
+    feature_size: int = 0
     # Linears that only some of transformers' classes of this base have, as an encoder's pooler.
     optional: frozenset[str] = frozenset()
 
@@ -117,7 +124,7 @@ class BaseSpec:
         # Tensors are captured now: the engine later swaps modules on the same instance.
         read = _readers(model)
         fingerprint, shapes = _fingerprint(read, quantization)
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        embedding, head = _input_embedding(model), model.get_output_embeddings()
         names = {id(module): name for name, module in modules_by_name.items()}
         n_heads = int(config.num_attention_heads)
         return BaseSpec(
@@ -139,13 +146,21 @@ class BaseSpec:
             n_heads=n_heads,
             n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
             head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // n_heads),
-            vocab_size=int(embedding.weight.shape[0]),
-            tie_word_embeddings=head is not None and _are_tied(head, embedding),
+            vocab_size=0 if embedding is None else embedding.num_embeddings,
+            tie_word_embeddings=not (head is None or embedding is None)
+            and _are_tied(head, embedding),
             hidden_act=_hidden_act(config),
             conv1d=frozenset(conv1d),
-            input_embedding=names[id(embedding)],
+            input_embedding="" if embedding is None else names[id(embedding)],
             output_head="" if head is None else names[id(head)],
         )
+
+
+def _input_embedding(model: PreTrainedModel) -> nn.Embedding | None:
+    """Return the table of the tokens; None for a model that reads images alone."""
+    table = _TEXT_TABLES.get(model.config.model_type)
+    embedding = model.get_input_embeddings() if table is None else model.get_submodule(table)
+    return embedding if isinstance(embedding, nn.Embedding) else None
 
 
 def _are_tied(head: nn.Module, embedding: nn.Module) -> bool:

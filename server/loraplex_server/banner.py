@@ -24,16 +24,19 @@ def banner(services: AppState, url: str) -> str:
     quoted = json.dumps(prompt, ensure_ascii=False)
     in_shell = quoted.replace("'", "'\\''")
     shown = ", ".join(adapters[:12]) + (f" and {len(adapters) - 12} more" if adapters[12:] else "")
+    images = services.model.image_encoder
     if not services.model.writes_text:
+        inputs = '"data:image/png;base64,…"' if images is not None else '["a cat", "a kitten"]'
+        kind = "text" if images is None else "image"
         return f"""
-Loraplex serves the text encoder {model} (up to {services.engine.max_model_len} tokens) at {url}
+Loraplex serves the {kind} encoder {model} (up to {services.engine.max_model_len} tokens) at {url}
 {len(adapters)} adapters{": " + shown if adapters else ""}
 
 Try it:
 
 curl {url}/v1/embeddings{key} \\
   -H "Content-Type: application/json" \\
-  -d '{{"model": "{model}"{field}, "input": ["a cat", "a kitten"]}}'
+  -d '{{"model": "{model}"{field}, "input": {inputs}}}'
 """
     return f"""
 Loraplex serves {model} (context {services.engine.max_model_len}) at {url}

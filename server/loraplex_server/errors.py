@@ -136,10 +136,10 @@ def from_engine(error: engine_errors.EngineError, *, prompt_param: str | None = 
             return ApiError(500, f"the engine failed: {error}", code="engine_error")
 
 
-def from_image(error: ImageRefused, param: str) -> ApiError:
-    """Convert the refusal of an image. ``param`` is the field of the image."""
+def from_image(error: ImageRefused, param: str, where: str | None = None) -> ApiError:
+    """Convert the refusal of an image. ``where``: which image of the field ``param``."""
     status = 413 if error.code == "image_too_large" else 400
-    return ApiError(status, str(error), code=error.code, param=param)
+    return ApiError(status, f"{where or param}: {error}", code=error.code, param=param)
 
 
 def from_store(

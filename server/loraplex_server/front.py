@@ -106,6 +106,7 @@ def build_front(
             base.head,
             base.writes_text,
             images,
+            base.image_encoder,
         ),
         config,
         selection=AdapterSelection(router, descriptions, refused),

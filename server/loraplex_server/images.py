@@ -21,6 +21,7 @@ _DATA_URL = re.compile(r"data:(?P<type>[\w.+/-]*)(?:;[\w=.+-]+)*?(?P<base64>;bas
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SCAN = b"\xff\xda"  # begins a scan of a JPEG; a progressive JPEG has about ten
 _MAX_SCANS = 64
+_MAX_RATIO = 100  # of the sides: processors that resize the shorter one make the other huge
 _SHOWN = 40  # characters of a source in errors
 
 
@@ -128,13 +129,19 @@ def _check_size(n_bytes: int, limits: ImageLimits) -> None:
 
 
 def _check_header(image: Image.Image, limits: ImageLimits) -> None:
-    """Raises ImageRefused for too many pixels and for animations."""
+    """Raises ImageRefused for too many pixels, for stripes and for animations."""
     width, height = image.size
     if width * height > limits.max_pixels:
         raise ImageRefused(
             f"the image has {width:,} x {height:,} pixels, more than {limits.max_pixels:,}; make "
             "it smaller",
             "image_too_large",
+        )
+    if max(width, height) > _MAX_RATIO * min(width, height):
+        raise ImageRefused(
+            f"the image has {width:,} x {height:,} pixels; one side may have at most {_MAX_RATIO} "
+            "times as many as the other",
+            "invalid_image",
         )
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise ImageRefused(

@@ -90,6 +90,7 @@ def serve(
             weights=built.weights,
             head=built.head,
             writes_text=built.writes_text,
+            image_encoder=built.image_encoder,
         )
         app = build_front(config, base, store, health_tracker, closing)
         freeze_gc()

@@ -15,6 +15,7 @@ from loraplex_adapter_store.plan import HeadPlan, PoolingPlan
 from .adapters.device_tier import DeviceTier
 from .engine.adapters.expert_monitor import ExpertMonitor
 from .engine.requests.client import EngineClient
+from .model.encoder.image_reader import ImageReader
 from .model.resident_weights import ResidentWeights
 from .settings.config import ServerConfig
 
@@ -35,7 +36,8 @@ class ServedBase:
     experts: ExpertMonitor | None  # None: the engine runs in other processes
     weights: ResidentWeights | None  # for training; None: the weights of the file are mapped
     head: HeadPlan | None = None  # of a base that is a classifier itself
-    writes_text: bool = True  # False: a text encoder
+    writes_text: bool = True  # False: an encoder
+    image_encoder: ImageReader | None = None
 
 
 def store_root(config: ServerConfig, spec: BaseSpec) -> Path:

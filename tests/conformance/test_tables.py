@@ -8,7 +8,8 @@ import peft
 import pytest
 
 from tests.conformance.base_rows import BASE_ROWS
-from tests.conformance.encoder_rows import ENCODER_ROWS
+from tests.conformance.encoders.encoder_rows import ENCODER_ROWS
+from tests.conformance.encoders.image_rows import IMAGE_ROWS
 from tests.conformance.expert_rows import EXPERT_ROWS
 from tests.conformance.head_rows import HEAD_ROWS
 from tests.conformance.lora_rows import LORA_ROWS
@@ -21,7 +22,7 @@ _DOCS = Path(__file__).parents[2] / "docs"
 _ADAPTER_ROWS = (*LORA_ROWS, *PEFT_ROWS, *OWN_ROWS, *EXPERT_ROWS, *MIXTURE_ROWS, *HEAD_ROWS)
 _TABLES = {
     "families.md": {row.id: row for row in _ADAPTER_ROWS},
-    "bases.md": {row.id: row for row in (*BASE_ROWS, *ENCODER_ROWS, *VISION_ROWS)},
+    "bases.md": {row.id: row for row in (*BASE_ROWS, *ENCODER_ROWS, *IMAGE_ROWS, *VISION_ROWS)},
 }
 # Types of PEFT without a row: all are refused as unknown or by name.
 _WITHOUT_ROW = {

@@ -87,6 +87,7 @@ def app_of(
                 head=built.head,
                 writes_text=built.writes_text,
                 images=ImagePrompts.of(base),
+                image_encoder=built.image_encoder,
             )
         finally:
             store.close()

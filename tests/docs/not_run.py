@@ -9,6 +9,7 @@ _SERVES = "serves until it is stopped; the server of these tests is started by t
 _OPTIONS = "the same command with options for a base, a GPU or a bucket of the reader's"
 _MAKES = "makes an environment from a clone, which is what runs these tests"
 _STATE = "needs the directory of a server that ran; tests/server/cli/test_verify_cli.py has some"
+_IMAGES = "needs a server of an image encoder; tests/vectors/test_images.py asks one"
 _DOCKER = "needs a Docker engine; `make docker-check` and tests/deploy replay the image's steps"
 _KUBERNETES = "needs a cluster of Kubernetes; the chart is rendered here with these values"
 
@@ -30,6 +31,11 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     "docs/images.md": {
         "loraplex serve": _OPTIONS,
         "import base64": "needs such a base; tests/server/api/test_chat_images.py serves one",
+    },
+    "docs/image-encoders.md": {
+        "loraplex serve": _OPTIONS,
+        "import base64": _IMAGES,
+        "body =": _IMAGES,
     },
     "docs/gpu.md": {"loraplex serve --model … --device cuda:0\n": _OPTIONS},
     "docs/tensor-parallel.md": {"loraplex serve --model … --device cuda:0 --tensor": _OPTIONS},

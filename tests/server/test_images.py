@@ -90,6 +90,11 @@ def test_many_pixels_are_refused_before_they_are_decoded() -> None:
     assert "101 x 100 pixels" in str(_refusal(_file("PNG", (101, 100))))
 
 
+def test_a_stripe_is_refused_since_processors_would_make_it_huge() -> None:
+    assert "100 times" in str(_refusal(_file("PNG", (3, 301))))
+    assert decode_image(_file("PNG", (300, 3)), _LIMITS).size == (300, 3)
+
+
 def test_a_large_file_is_refused_before_its_base64_is_read() -> None:
     with pytest.raises(ImageRefused, match="more than the 20,000 of one image") as refusal:
         image_bytes("*" * 40_000, _LIMITS)

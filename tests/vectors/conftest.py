@@ -182,6 +182,7 @@ async def serving(
                 pooling=pooling_of_base(base),
                 head=built.head,
                 writes_text=built.writes_text,
+                image_encoder=built.image_encoder,
                 **with_store(store),
             )
             transport = httpx.ASGITransport(app)

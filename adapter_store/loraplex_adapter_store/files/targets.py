@@ -10,7 +10,7 @@ from loraplex_adapter_store.errors import MalformedFile
 from .adapter_config import AdapterConfig
 
 # The names of the trunk in a model with a head: the same adapter may be saved with or without them.
-_TRUNKS = ("model.", "bert.", "roberta.", "distilbert.")
+_TRUNKS = ("model.", "bert.", "roberta.", "distilbert.", "vit.", "dinov2.")
 # Prefixes of wrappers, which are stripped from the left.
 _WRAPPERS = (
     *("base_model.model.", "base_model.", "module.", "_orig_mod.", "_fsdp_wrapped_module."),

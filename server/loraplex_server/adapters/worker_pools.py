@@ -32,6 +32,8 @@ class WorkerPools:
         self.generation = TenantThreads("generation", 1, 1)  # makes one adapter at a time
         self.batches = TenantThreads("batches", 1, 1)  # calls to the store of files and batches
         self.lines = TenantThreads("lines", 2, 1)  # reads of lines of batches
+        # decoding and processing of the images of requests
+        self.images = TenantThreads("images", 2, 1, initializer=lower_priority)
         self.encoder = one_core("encoder")  # forwards of the sentence encoder for a few texts
         self.routing = one_core("routing")  # fits and reads the index of ``auto``
 

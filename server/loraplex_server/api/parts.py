@@ -23,6 +23,7 @@ from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.engine.adapters.expert_monitor import ExpertMonitor
 from loraplex_server.engine.requests.client import EngineClient
 from loraplex_server.health_tracker import HealthTracker
+from loraplex_server.model.encoder.image_reader import ImageReader
 from loraplex_server.settings.api_keys import ApiKey
 from loraplex_server.text.image_prompts import ImagePrompts
 
@@ -44,12 +45,17 @@ class ServedModel:
     pooling: PoolingPlan | None = None  # of the base's embeddings; None: the normalised mean
     encoder: EncoderModel | None = None  # for vectors; None: not on this machine
     head: HeadPlan | None = None  # of a base that is a classifier itself
-    writes_text: bool = True  # False: a text encoder, which makes vectors and classes
+    writes_text: bool = True  # False: an encoder, which makes vectors and classes
     images: ImagePrompts | None = None  # of a vision-language model
+    image_encoder: ImageReader | None = None
 
     @property
     def embedding_pooling(self) -> PoolingPlan:
-        return self.pooling or PoolingPlan(PoolingMode.MEAN, normalize=True)
+        """Return the pooling of a base without one: the mean, or the first row of an image."""
+        encoder = self.image_encoder
+        is_mean = encoder is None or encoder.similarity is not None
+        mode = PoolingMode.MEAN if is_mean else PoolingMode.CLS
+        return self.pooling or PoolingPlan(mode, normalize=True)
 
 
 @dataclass(frozen=True, slots=True)

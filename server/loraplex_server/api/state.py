@@ -44,6 +44,7 @@ from .parts import (
 from .serving.responses.response_store import ResponseStore
 from .serving.text_generation.engine_call import EngineCall
 from .serving.text_generation.grammars import Grammars
+from .serving.vectors.label_vectors import LabelVectors
 from .validation import UnknownFields
 
 T = TypeVar("T")
@@ -145,6 +146,7 @@ class AppState:
         self.arriving, self.arriving_files = ArrivingBytes(), ArrivingBytes()
         self.responses = ResponseStore(config.http.response_store_bytes, config.http.response_ttl_s)
         self.unknown_fields = UnknownFields()
+        self.label_vectors = LabelVectors()
 
     def now(self) -> int:
         """Return the seconds since the epoch."""

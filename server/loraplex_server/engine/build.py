@@ -19,8 +19,15 @@ from loraplex_kernels.cpu import native
 from loraplex_kernels.formats.quantized_weight import WeightFormat
 from loraplex_kernels.layers.batch_invariant import BatchInvariant
 from loraplex_server.model.base_model import BaseModel, load_base_model
-from loraplex_server.model.encoder.loading import is_text_encoder, load_text_encoder
-from loraplex_server.model.encoder.text_encoder import TextEncoder
+from loraplex_server.model.encoder.encoder import Encoder, Modality
+from loraplex_server.model.encoder.image_encoder import ImageEncoder
+from loraplex_server.model.encoder.image_processor import ImageProcessor, no_tokens
+from loraplex_server.model.encoder.image_reader import ImageReader
+from loraplex_server.model.encoder.loading import (
+    encoder_kind,
+    load_image_encoder,
+    load_text_encoder,
+)
 from loraplex_server.model.resident_weights import ResidentWeights
 from loraplex_server.model.trunk import Trunk
 from loraplex_server.model.vision.layouts import layout_of
@@ -68,6 +75,7 @@ class BuiltEngine:
     max_positions: int  # the longest context of the base
     head: HeadPlan | None = None  # of an encoder that is a classifier itself
     writes_text: bool = True  # False: an encoder, which makes vectors and classes
+    image_encoder: ImageReader | None = None
 
 
 def build_engine(
@@ -85,11 +93,12 @@ def build_engine(
         native.use_references()
     device = resolve_device(config.device)
     name = model_id or model_path.name
+    kind = encoder_kind(model_path)
+    if kind is not None:
+        return _build_encoder(config, model_path, name, kind, device)
     tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
     dtype = dtype_of(config.dtype)
     workers: ShardWorkers | None = None
-    if is_text_encoder(model_path):
-        return _build_encoder(config, model_path, name, tokenizer, device)
     if layout_of(model_path) is not None:
         _check_vision_options(config, name)
     if config.tensor_parallel_size > 1:
@@ -139,28 +148,30 @@ def _check_vision_options(config: EngineConfig, name: str) -> None:
 
 
 def _build_encoder(
-    config: EngineConfig,
-    path: Path,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
+    config: EngineConfig, path: Path, name: str, kind: Modality, device: torch.device
 ) -> BuiltEngine:
-    """Build the engine of a text encoder. Raises ValueError for options of decoders alone."""
+    """Build the engine of an encoder. Raises ValueError for options of decoders alone."""
     if config.tensor_parallel_size > 1 or config.quantization != "none":
+        article = "a" if kind is Modality.TEXT else "an"
         raise ValueError(
-            f"{name} is a text encoder: it is served whole and unquantised; leave "
+            f"{name} is {article} {kind.value} encoder: it is served whole and unquantised; leave "
             "--tensor-parallel-size and --quantization out"
         )
-    encoder = _run_in_temp_thread(
-        lambda: load_text_encoder(
-            path, name, dtype=dtype_of(config.dtype), device=device, self_check=config.self_check
-        ),
-        device,
-    )
-    engine = assemble_engine(encoder, config)
+    dtype, self_check = dtype_of(config.dtype), config.self_check
+    processor = ImageProcessor.load(path) if kind is Modality.IMAGE else None
+
+    def load() -> Encoder:
+        if kind is Modality.TEXT:
+            return load_text_encoder(path, name, dtype=dtype, device=device, self_check=self_check)
+        return load_image_encoder(
+            path, name, processor, dtype=dtype, device=device, self_check=self_check
+        )
+
+    encoder = _run_in_temp_thread(load, device)
+    reads_texts = Modality.TEXT in encoder.towers
     return BuiltEngine(
-        engine,
-        tokenizer,
+        assemble_engine(encoder, config),
+        AutoTokenizer.from_pretrained(path, local_files_only=True) if reads_texts else no_tokens(),
         encoder.spec,
         name,
         device,
@@ -168,6 +179,9 @@ def _build_encoder(
         encoder.max_positions,
         head=encoder.head_plan,
         writes_text=False,
+        image_encoder=ImageReader(processor, encoder)
+        if isinstance(encoder, ImageEncoder)
+        else None,
     )
 
 
@@ -185,7 +199,7 @@ def assemble_engine(
     """
 
     def assemble() -> Engine:
-        if isinstance(model, TextEncoder):
+        if isinstance(model, Encoder):
             return _assemble_encoder(model, config)
         return _assemble(model, config, mode or StepMode.of(config, model.device), shard_workers)
 
@@ -273,8 +287,8 @@ def _assemble(
     return Engine(loop, inbox, on_closed=workers.close)
 
 
-def _assemble_encoder(model: TextEncoder, config: EngineConfig) -> Engine:
-    """Return the engine of an encoder: no KV cache, and texts that are never divided."""
+def _assemble_encoder(model: Encoder, config: EngineConfig) -> Engine:
+    """Return the engine of an encoder: no KV cache, and inputs that are never divided."""
     limits = encoder_limits(config, model.device)
     max_model_len = _max_model_len(model, config)
     n_pages = limits.max_batch_size * (-(-max_model_len // PAGE_SIZE) + 1)
@@ -315,7 +329,7 @@ def _assemble_encoder(model: TextEncoder, config: EngineConfig) -> Engine:
     )
     runner = EncoderRunner(model, kv_cache, adapters)
     _log.info(
-        "engine: the text encoder %s on %s in %s, texts of up to %d tokens, adapter pool %d MiB",
+        "engine: the encoder %s on %s in %s, up to %d rows a text or image, adapter pool %d MiB",
         spec.model_id,
         model.device,
         str(model.dtype).removeprefix("torch."),

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _BERT_QKV = ("self.query", "self.key", "self.value")
+_VIT_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 # Model type → suffixes of linears that share an input, in the order of their calls.
@@ -21,6 +22,10 @@ PACKED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "roberta": (_BERT_QKV,),
     "xlm-roberta": (_BERT_QKV,),
     "distilbert": (("attention.q_lin", "attention.k_lin", "attention.v_lin"),),
+    "vit": (_VIT_QKV,),
+    "dinov2": (_VIT_QKV, _GATE_UP),
+    "clip": (_QKV,),
+    "siglip": (_QKV,),
     "gpt2": (),
     "phi3": (),
 }

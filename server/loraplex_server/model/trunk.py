@@ -1,6 +1,6 @@
-"""The models that the engine serves: decoders and text encoders, whose adapters are the same."""
+"""The models that the engine serves: decoders and encoders, whose adapters are the same."""
 
 from .base_model import BaseModel
-from .encoder.text_encoder import TextEncoder
+from .encoder.encoder import Encoder
 
-Trunk = BaseModel | TextEncoder
+Trunk = BaseModel | Encoder

@@ -84,7 +84,8 @@ class TextPipeline:
         return template
 
     def check_length(self, n_chars: int, param: str) -> None:
-        """Raises ApiError (400)."""
+        """Raises ApiError (400), also for any text to a base that reads images alone."""
+        self._check_reads_texts(param)
         if self._max_chars is not None and n_chars > self._max_chars:
             raise invalid(
                 f"prompt is too long: {n_chars:,} characters, of which at most "
@@ -253,6 +254,7 @@ class TextPipeline:
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Raises ApiError (400) for an id outside the model's vocabulary."""
+        self._check_reads_texts(param)
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
             raise invalid(
@@ -263,6 +265,14 @@ class TextPipeline:
         await self._templates.close()
         self._threads.close()
         self._image_threads.close()
+
+    def _check_reads_texts(self, param: str) -> None:
+        if not self.vocab_size:
+            raise invalid(
+                "this base reads images and no texts; send each image as a data: URL",
+                param,
+                "base_reads_images",
+            )
 
     def _render(self, messages: Sequence[Mapping[str, object]], options: dict[str, object]) -> str:
         try:

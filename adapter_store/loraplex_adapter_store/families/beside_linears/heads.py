@@ -29,6 +29,7 @@ _USUAL = ("score", "classifier")
 _CLASSES = {
     "ForSequenceClassification": HeadTask.SEQ_CLS,
     "ForTokenClassification": HeadTask.TOKEN_CLS,
+    "ForImageClassification": HeadTask.SEQ_CLS,
 }
 _PROBLEMS = {
     "regression": Activation.NONE,
@@ -53,7 +54,8 @@ def read_head(context: ReadContext, model_config: Mapping[str, object]) -> HeadP
     if task is None:
         return None
     stored = _find(context)
-    weight = context.ledger.take(stored.parts["weight"], (None, context.base.hidden_size))
+    n_features = context.base.feature_size or context.base.hidden_size
+    weight = context.ledger.take(stored.parts["weight"], (None, n_features))
     n_labels = int(weight.shape[0])
     bias = None
     if "bias" in stored.parts:
@@ -78,7 +80,7 @@ def head_of_base(
 ) -> HeadPlan:
     """Return the head of a base that is a classifier itself. Raises AdapterRefused.
 
-    ``weight`` [n_labels, hidden_size]. ``model_config``: the fields of its config.json.
+    ``weight`` [n_labels, n_features]. ``model_config``: the fields of its config.json.
     """
     n_labels = int(weight.shape[0])
     return HeadPlan(

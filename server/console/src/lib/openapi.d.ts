@@ -15,7 +15,7 @@ export interface paths {
         put?: never;
         /**
          * Classify
-         * @description Classify texts with a SEQ_CLS adapter.
+         * @description Classify texts or images with an adapter that has a head, or with the base's own head.
          */
         post: operations["classify_classify_post"];
         delete?: never;
@@ -160,7 +160,7 @@ export interface paths {
         put?: never;
         /**
          * Pooling
-         * @description Return vectors, or probabilities of labels for each text or each token.
+         * @description Return vectors, or probabilities of labels, for each text, image or token.
          */
         post: operations["pooling_pooling_post"];
         delete?: never;
@@ -569,6 +569,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/classify/zero-shot": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Zero Shot
+         * @description Classify images by label texts that the request names, on CLIP or SigLIP.
+         */
+        post: operations["zero_shot_v1_classify_zero_shot_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/cluster": {
         parameters: {
             query?: never;
@@ -619,7 +639,7 @@ export interface paths {
         put?: never;
         /**
          * Embeddings
-         * @description Embed texts with the base through any adapter, or with the sentence encoder.
+         * @description Embed texts or images with the base and any adapter, or texts with the sentence encoder.
          */
         post: operations["embeddings_v1_embeddings_post"];
         delete?: never;
@@ -1698,7 +1718,7 @@ export interface components {
             /** Continue Final Message */
             continue_final_message?: boolean | null;
             /** Input */
-            input?: string | string[] | number[] | number[][] | null;
+            input?: ((string | string[] | number[] | number[][]) | components["schemas"]["InputItem"] | (string | components["schemas"]["InputItem"])[]) | null;
             /** Lora Path */
             lora_path?: string | null;
             /** Messages */
@@ -1714,7 +1734,7 @@ export interface components {
         } & {
             [key: string]: unknown;
         }) & ({
-            input: string | unknown[];
+            input: string | unknown[] | Record<string, never>;
         } | {
             messages: unknown[];
         });
@@ -2100,7 +2120,7 @@ export interface components {
             /** Endianness */
             endianness?: ("native" | "little") | null;
             /** Input */
-            input?: string | string[] | number[] | number[][] | null;
+            input?: ((string | string[] | number[] | number[][]) | components["schemas"]["InputItem"] | (string | components["schemas"]["InputItem"])[]) | null;
             /** Lora Path */
             lora_path?: string | null;
             /** Messages */
@@ -2116,7 +2136,7 @@ export interface components {
         } & {
             [key: string]: unknown;
         }) & ({
-            input: string | unknown[];
+            input: string | unknown[] | Record<string, never>;
         } | {
             messages: unknown[];
         });
@@ -2570,6 +2590,22 @@ export interface components {
             /** Cached Tokens */
             cached_tokens: number;
         };
+        /**
+         * InputItem
+         * @description An image, as a ``data:`` URL or in base64, or a text.
+         */
+        InputItem: ({
+            /** Image */
+            image?: string | null;
+            /** Text */
+            text?: string | null;
+        } & {
+            [key: string]: unknown;
+        }) & ({
+            image: string;
+        } | {
+            text: string;
+        });
         /** JobError */
         JobError: {
             /** Code */
@@ -3059,7 +3095,7 @@ export interface components {
             /** Endianness */
             endianness?: ("native" | "little") | null;
             /** Input */
-            input?: string | string[] | number[] | number[][] | null;
+            input?: ((string | string[] | number[] | number[][]) | components["schemas"]["InputItem"] | (string | components["schemas"]["InputItem"])[]) | null;
             /** Lora Path */
             lora_path?: string | null;
             /** Messages */
@@ -3077,7 +3113,7 @@ export interface components {
         } & {
             [key: string]: unknown;
         }) & ({
-            input: string | unknown[];
+            input: string | unknown[] | Record<string, never>;
         } | {
             messages: unknown[];
         });
@@ -4054,6 +4090,38 @@ export interface components {
             sees_all: boolean;
             /** Version */
             version: string;
+        };
+        /**
+         * ZeroShotBody
+         * @description Images, and the texts that they are compared with.
+         */
+        ZeroShotBody: {
+            /** Adapter */
+            adapter?: string | {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | components["schemas"]["JsonValue"][] | null;
+            /** Adapter Id */
+            adapter_id?: string | null;
+            /** Cache Salt */
+            cache_salt?: string | null;
+            /** Input */
+            input: string | components["schemas"]["InputItem"] | (string | components["schemas"]["InputItem"])[];
+            /** Labels */
+            labels: string[];
+            /** Lora Path */
+            lora_path?: string | null;
+            /** Model */
+            model?: string | null;
+            /** Template */
+            template?: string | null;
+            /** Truncate Prompt Tokens */
+            truncate_prompt_tokens?: number | null;
+            /** Truncation Side */
+            truncation_side?: ("left" | "right") | null;
+            /** Use Activation */
+            use_activation?: boolean | null;
+        } & {
+            [key: string]: unknown;
         };
         /** _Counts */
         _Counts: {
@@ -7138,6 +7206,120 @@ export interface operations {
                     "text/event-stream": {
                         data: string;
                     };
+                };
+            };
+            /** @description a value is wrong; the message names it */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no valid API key */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the API key may not do this */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no such adapter, model or route */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the body is larger than this server accepts */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the route needs another Content-Type */
+            415: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the description is unlike all tasks that the generator knows */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description too many requests or tokens; see Retry-After */
+            429: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the client disconnected before the answer */
+            499: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the server cannot answer now; see Retry-After */
+            503: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    zero_shot_v1_classify_zero_shot_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ZeroShotBody"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Classification"];
                 };
             };
             /** @description a value is wrong; the message names it */

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from .body import INT64_END, Body, Few, JsonObject, exactly_one_of
 from .chat import ChatMessages
@@ -23,12 +23,45 @@ class VectorBody(AdapterBody):
     cache_salt: CacheSalt | None = None
 
 
+class InputItem(Body):
+    """An image, as a ``data:`` URL or in base64, or a text."""
+
+    model_config = exactly_one_of(image="string", text="string")
+
+    image: str | None = None
+    text: str | None = None
+
+
+def _kind_of_item(value: object) -> str:
+    return "dict" if isinstance(value, dict | InputItem) else "str"
+
+
+def _kind_of_input(value: object) -> str:
+    """Return the only alternative that an error should speak about."""
+    if isinstance(value, list):
+        return "list" if any(_kind_of_item(item) == "dict" for item in value) else "str"
+    return _kind_of_item(value)
+
+
+_Item = Annotated[
+    Annotated[str, Tag("str")] | Annotated[InputItem, Tag("dict")], Discriminator(_kind_of_item)
+]
+_Items = Annotated[Few[_Item], Field(min_length=1)]
+VectorInput = Annotated[
+    Annotated[PromptInput, Tag("str")]
+    | Annotated[InputItem, Tag("dict")]
+    | Annotated[_Items, Tag("list")],
+    Discriminator(_kind_of_input),
+]
+ImageInput = str | InputItem | _Items
+
+
 class InputBody(VectorBody):
     """A body with either ``input`` or ``messages``."""
 
-    model_config = exactly_one_of(input=["string", "array"], messages="array")
+    model_config = exactly_one_of(input=["string", "array", "object"], messages="array")
 
-    input: PromptInput | None = None
+    input: VectorInput | None = None
     add_special_tokens: bool | None = None
     messages: ChatMessages | None = None
     add_generation_prompt: bool | None = None
@@ -49,6 +82,15 @@ class PoolingBody(EmbeddingsBody):
 
 class ClassifyBody(InputBody):
     pass
+
+
+class ZeroShotBody(VectorBody):
+    """Images, and the texts that they are compared with."""
+
+    input: ImageInput
+    labels: Annotated[Few[str], Field(min_length=1)]
+    # with {} in place of the label, as "a photo of a {}"; null: the label itself
+    template: Annotated[str, Field(max_length=1000)] | None = None
 
 
 class PromptUsage(BaseModel):

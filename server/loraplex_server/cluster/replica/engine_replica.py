@@ -42,7 +42,7 @@ from loraplex_server.health_tracker import HealthTracker, kind_of_failure, log_e
 from loraplex_server.launch import freeze_gc, open_store, temporary_folder
 from loraplex_server.logs import set_up_logging
 from loraplex_server.metrics.routing_collector import recent_loads
-from loraplex_server.model.encoder.loading import is_text_encoder
+from loraplex_server.model.encoder.loading import encoder_kind
 from loraplex_server.model.errors import ModelError
 from loraplex_server.model.loading.pull import public_name, resolve_model
 from loraplex_server.services import tell
@@ -203,8 +203,8 @@ class EngineReplica:
         self._health_tracker = HealthTracker()
         self._closing.enter_context(self._health_tracker.listening())
         name = public_name(config.model, path)
-        if is_text_encoder(path):
-            raise ModelError(f"{name} is a text encoder: serve it by `loraplex serve`, each alone")
+        if encoder_kind(path) is not None:
+            raise ModelError(f"{name} is an encoder: serve it by `loraplex serve`, each alone")
         built = build_engine(config.engine, path, model_id=name)
         self._engine, self._base = built.engine, built.base_spec
         self._max_positions = built.max_positions

@@ -15,7 +15,7 @@ from loraplex_adapter_store.errors import LimitExceeded, UnsupportedAdapter
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, HeadTask, ModulePlan
 from loraplex_kernels.formats.layout import MAX_RANK
 from loraplex_server.engine.parallel.plan_cut import uncut_parts
-from loraplex_server.model.encoder.text_encoder import TextEncoder
+from loraplex_server.model.encoder.encoder import Encoder
 from loraplex_server.model.layers.tensor_parallel import ShardLayout
 from loraplex_server.model.targets import routable_modules
 from loraplex_server.model.trunk import Trunk
@@ -39,7 +39,8 @@ class EngineCapabilities:
     n_layers: int
     max_rank: int = MAX_RANK
     layout: ShardLayout | None = None  # of a base that is cut over several ranks
-    is_encoder: bool = False  # it computes whole texts without a KV cache
+    is_encoder: bool = False  # it computes whole texts or images without a KV cache
+    classifies: bool = True  # False: an encoder whose features are embeddings, as CLIP's
     # Modules before an encoder's classifier that its checkpoint lacks, and classifiers must bring.
     lacking: frozenset[str] = frozenset()
 
@@ -71,8 +72,9 @@ class EngineCapabilities:
             stacked=model.stacked,
             routable=model.routable,
             layout=None if model.shard is None else model.shard.layout,
-            is_encoder=isinstance(model, TextEncoder),
-            lacking=model.lacking if isinstance(model, TextEncoder) else frozenset(),
+            is_encoder=isinstance(model, Encoder),
+            classifies=not isinstance(model, Encoder) or bool(model.spec.classifier),
+            lacking=model.lacking if isinstance(model, Encoder) else frozenset(),
         )
 
     def check(self, plan: AdapterPlan) -> None:
@@ -137,6 +139,8 @@ class EngineCapabilities:
             yield "virtual tokens: this base is an encoder, whose texts take none"
         if plan.invocation is not None:
             yield "alora_invocation_tokens: this base is an encoder, which reads a text at once"
+        if plan.head is not None and not self.classifies:
+            yield "head: this base embeds images and texts, and takes no classifier"
         if plan.head is not None and plan.head.task is HeadTask.SEQ_CLS:
             for name in sorted(self.lacking - plan.replaced_weights.keys() - plan.norms.keys()):
                 yield (

@@ -4,7 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from torch import Tensor
+
 from loraplex_adapter_store.leasing import AdapterLease
+from loraplex_server.model.encoder.encoder import Modality
 from loraplex_server.model.vision.prompt_image import PromptImage
 
 from .events import TokenEvent
@@ -47,6 +50,13 @@ class GenerationRequest:
     images: tuple[PromptImage, ...] = ()
     drafts: bool = True  # next tokens may be guessed and verified together; changes no answer
     prediction_ids: tuple[int, ...] = ()  # a text that the answer probably repeats, for drafts
+    # An encoder's image [channels, height, width], in place of the prompt's tokens: one id a row.
+    pixels: Tensor | None = None
+
+    @property
+    def modality(self) -> Modality:
+        """Return which tower of an encoder reads the request."""
+        return Modality.TEXT if self.pixels is None else Modality.IMAGE
 
     @property
     def reads_all_rows(self) -> bool:

@@ -1,7 +1,8 @@
-"""Runs the texts of a step through an encoder: each text whole, without a KV cache.
+"""Runs the texts and images of a step through an encoder: each one whole, without a KV cache.
 
 A step's rows, segments and adapters are those of a decoder's step. What follows differs: nothing is
-sampled, and the classifier's layers run once more on one row for each text.
+sampled, and the layers of the features run once more on one row for each text or image. The texts
+of a step and its images run after each other, since each have a tower of their own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,8 @@ from loraplex_server.engine.adapters.device_pool import DevicePool
 from loraplex_server.engine.memory.device import release_cached_memory, use_device
 from loraplex_server.engine.memory.kv_cache import KvCache
 from loraplex_server.engine.scheduling.scheduler import ScheduledChunk
+from loraplex_server.model.encoder.encoder import Encoder, Tower, TowerInputs
 from loraplex_server.model.encoder.text_attention import text_groups
-from loraplex_server.model.encoder.text_encoder import TextEncoder
 
 from .adapter_rows import AdapterRows
 from .forward_batch import ForwardBatch, build_batch
@@ -24,9 +25,9 @@ from .step_runner import StartedStep, StepResult, StepRunner
 
 
 class EncoderRunner(StepRunner):
-    """The runner of a text encoder."""
+    """The runner of an encoder."""
 
-    def __init__(self, model: TextEncoder, kv_cache: KvCache, adapters: DevicePool) -> None:
+    def __init__(self, model: Encoder, kv_cache: KvCache, adapters: DevicePool) -> None:
         """``kv_cache`` has no layers: its pages only count the tokens of running requests."""
         self._model, self._kv = model, kv_cache
         model.attach_pool(adapters.pool)
@@ -51,13 +52,22 @@ class EncoderRunner(StepRunner):
     @torch.inference_mode()
     def probe(self) -> None:
         model, step = self._model, self._model.step
-        zero = torch.zeros(1, dtype=torch.int64, device=model.device)
-        step.positions, step.texts = zero, (zero.unsqueeze(0),)
+        modality, inputs = model.probe_inputs()
+        rows = torch.arange(len(inputs.token_ids), device=model.device)
+        step.positions, step.texts = rows, (rows.unsqueeze(0),)
         step.clear_adapters()
-        model.forward(zero, zero).cpu()
+        model.towers[modality].forward(inputs).cpu()
 
     def _vectors(self, chunks: Sequence[ScheduledChunk]) -> dict[str, Tensor]:
         """Return the rows that each request pools: all its hidden states, or its features."""
+        vectors: dict[str, Tensor] = {}
+        for modality, tower in self._model.towers.items():
+            read = [chunk for chunk in chunks if chunk.request.source.modality is modality]
+            if read:
+                vectors |= self._vectors_of(tower, read)
+        return vectors
+
+    def _vectors_of(self, tower: Tower, chunks: Sequence[ScheduledChunk]) -> dict[str, Tensor]:
         digests = [chunk.adapter_digest for chunk in chunks]
         n_rows = [chunk.n_tokens for chunk in chunks]
         own_rows = self._adapters.own_rows(digests, n_rows)
@@ -70,14 +80,14 @@ class EncoderRunner(StepRunner):
             else [self._adapters.slot(digest) for digest in digests],
             own_rows=own_rows,
         )
-        hidden, features = self._forward(batch, chunks, digests, own_rows)
-        of_texts = self._text_features(batch, chunks, hidden)
+        hidden, features = self._forward(tower, batch, chunks, digests, own_rows)
+        of_requests = self._features(tower, batch, chunks, hidden)
         hidden = hidden.float().cpu()
         vectors: dict[str, Tensor] = {}
         for chunk, rows in zip(chunks, batch.chunk_rows, strict=True):
             request, pooling = chunk.request, chunk.request.source.pooling
-            if request.id in of_texts:
-                vectors[request.id] = of_texts[request.id]
+            if request.id in of_requests:
+                vectors[request.id] = of_requests[request.id]
             elif pooling is not None and pooling.head is not None and features is not None:
                 vectors[request.id] = features[rows]
             else:
@@ -86,30 +96,38 @@ class EncoderRunner(StepRunner):
 
     def _forward(
         self,
+        tower: Tower,
         batch: ForwardBatch,
         chunks: Sequence[ScheduledChunk],
         digests: Sequence[str],
         own_rows: Mapping[str, Sequence[int]],
     ) -> tuple[Tensor, Tensor | None]:
         """Return the hidden states, and all rows' features if token classes depend on them."""
-        model, step = self._model, self._model.step
+        device, step = self._model.device, self._model.step
         batch.bind(step)
         self._adapters.bind(step, digests, batch, own_rows)
-        step.texts = text_groups([chunk.n_tokens for chunk in chunks], model.device)
-        hidden = model.forward(batch.token_ids, _token_types(chunks, model.device))
-        if model.layout.classifies_tokens_by_features and any(map(_classifies_tokens, chunks)):
-            return hidden, model.features(hidden).float().cpu()
+        step.texts = text_groups([chunk.n_tokens for chunk in chunks], device)
+        sources = [chunk.request.source for chunk in chunks]
+        images = tuple(each.pixels.to(device) for each in sources if each.pixels is not None)
+        types = _token_types(chunks, device)
+        hidden = tower.forward(TowerInputs(batch.token_ids, types, images))
+        if tower.classifies_tokens_by_features and any(map(_classifies_tokens, chunks)):
+            return hidden, tower.features(hidden).float().cpu()
         return hidden, None
 
-    def _text_features(
-        self, batch: ForwardBatch, chunks: Sequence[ScheduledChunk], hidden: Tensor
+    def _features(
+        self,
+        tower: Tower,
+        batch: ForwardBatch,
+        chunks: Sequence[ScheduledChunk],
+        hidden: Tensor,
     ) -> dict[str, Tensor]:
-        """Return the features [1, hidden_size] of each request for the class of its text."""
-        model, step = self._model, self._model.step
+        """Return the features [1, n_features] of each request for its class or its embedding."""
+        step = self._model.step
         asked = [
             (chunk.request, rows)
             for chunk, rows in zip(chunks, batch.chunk_rows, strict=True)
-            if _classifies_text(chunk)
+            if _asks_features(tower, chunk)
         ]
         if not asked:
             return {}
@@ -117,14 +135,17 @@ class EncoderRunner(StepRunner):
         step.clear_adapters()
         step.positions = step.positions[: len(requests)]
         step.segments, step.fallback = self._adapters.of_each(requests)
-        pooled = torch.stack([model.pooled(hidden[rows]) for _, rows in asked])
-        features = model.features(pooled).float().cpu()
+        pooled = [tower.pooled(hidden[rows], batch.token_ids[rows]) for _, rows in asked]
+        features = tower.features(torch.stack(pooled)).float().cpu()
         return {r.id: features[i : i + 1] for i, r in enumerate(requests)}
 
 
-def _classifies_text(chunk: ScheduledChunk) -> bool:
+def _asks_features(tower: Tower, chunk: ScheduledChunk) -> bool:
+    """Return True if the request asks for the class or the embedding of the whole input."""
     pooling = chunk.request.source.pooling
-    return pooling is not None and pooling.head is not None and pooling.mode is not None
+    if pooling is None or pooling.mode is None:
+        return False
+    return pooling.head is not None or tower.embeds_features
 
 
 def _classifies_tokens(chunk: ScheduledChunk) -> bool:

@@ -28,6 +28,7 @@ from loraplex_server.model.rounding import (
 )
 from loraplex_server.model.tracing.call_recorder import attention_as
 
+from .encoder import TowerInputs
 from .layouts import ENCODERS
 from .text_attention import text_groups
 
@@ -41,11 +42,11 @@ class Checkable(Protocol):
     device: torch.device
     spec: BaseSpec
 
-    def forward(self, token_ids: Tensor, token_types: Tensor) -> Tensor: ...
+    def forward(self, inputs: TowerInputs) -> Tensor: ...
 
-    def pooled(self, hidden: Tensor) -> Tensor: ...
+    def pooled(self, hidden: Tensor, token_ids: Tensor) -> Tensor: ...
 
-    def features(self, rows: Tensor) -> Tensor: ...
+    def features(self, pooled: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,9 @@ class EncoderReference:
         step.texts = text_groups(lengths, device)
         with torch.inference_mode():
             token_ids = torch.cat(self.texts)
-            hidden = encoder.forward(token_ids, torch.zeros_like(token_ids))
-            pooled = [encoder.pooled(part) for part in torch.split(hidden, lengths)]
+            hidden = encoder.forward(TowerInputs(token_ids, torch.zeros_like(token_ids)))
+            parts = torch.split(hidden, lengths)
+            pooled = [encoder.pooled(*part) for part in zip(parts, self.texts, strict=True)]
             step.positions = step.positions[: len(pooled)]
             features = encoder.features(torch.stack(pooled))
         step.texts = ()
@@ -97,13 +99,23 @@ class EncoderReference:
         for name, found, expected, tolerance in zip(
             names, (hidden, features), self.states, self.tolerances, strict=True
         ):
-            off = rms(differences(found, expected))
-            if off > tolerance:
-                raise UnsupportedBase(
-                    f"the encoder {encoder.spec.model_id!r} answers differently from transformers: "
-                    f"{name} differ by {off:.2g} of their size, and rounding explains "
-                    f"{tolerance:.2g}. --no-self-check serves it nevertheless"
-                )
+            check_states(encoder.spec.model_id, name, found, expected, tolerance)
+
+
+def check_states(
+    model_id: str, name: str, found: Tensor, expected: Tensor, tolerance: float
+) -> None:
+    """Raises UnsupportedBase if ``found`` differs from transformers' states by too much.
+
+    ``name``: of the states, in the plural.
+    """
+    off = rms(differences(found, expected))
+    if off > tolerance:
+        raise UnsupportedBase(
+            f"the encoder {model_id!r} answers differently from transformers: {name} differ by "
+            f"{off:.2g} of their size, and rounding explains {tolerance:.2g}. --no-self-check "
+            "serves it nevertheless"
+        )
 
 
 def _is_layer(model: PreTrainedModel, name: str, module: nn.Module) -> bool:

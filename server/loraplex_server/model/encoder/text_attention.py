@@ -1,4 +1,4 @@
-"""Bidirectional attention over a packed batch: each row sees the rows of its own text.
+"""Attention over a packed batch: each row sees the rows of its own text or image.
 
 transformers looks the function up by the config's name, as it does for paged attention. Texts of
 one length are computed together, so nothing is padded.
@@ -47,11 +47,13 @@ def _attention(
     *_: Any,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    is_causal: bool | None = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
     """Map [1, heads, T, head_dim] to [1, T, heads, head_dim], as transformers calls it.
 
-    ``sliding_window``: a row sees rows less than this far away, on both sides.
+    ``sliding_window``: a row sees rows less than this far away, on both sides. ``is_causal``: a
+    row sees no later rows, as in CLIP's texts.
     """
     step: ForwardContext = getattr(module, _SLOT)
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # [T, heads, head_dim]
@@ -59,7 +61,12 @@ def _attention(
     for rows in step.texts:
         queries, keys, values = (t[rows].transpose(1, 2) for t in (q, k, v))
         out[rows] = functional.scaled_dot_product_attention(  # [n, heads, length, head_dim]
-            queries, keys, values, attn_mask=_band(rows, sliding_window), scale=scaling
+            queries,
+            keys,
+            values,
+            attn_mask=_band(rows, sliding_window),
+            scale=scaling,
+            is_causal=bool(is_causal),
         ).transpose(1, 2)
     return out.unsqueeze(0), None
 

@@ -1,7 +1,6 @@
 """A frozen text encoder: a transformers model whose attention, linears and norms are replaced."""
 
 import dataclasses
-from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
@@ -10,30 +9,24 @@ from transformers import PreTrainedModel
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.plan import HeadPlan, PoolingMode
-from loraplex_kernels.lora.ops import PreparedTarget
-from loraplex_kernels.lora.pool import LoraPool
 from loraplex_server.model.layers.adapted_modules import replace_embeddings, replace_norms
 from loraplex_server.model.layers.forward_context import ForwardContext
-from loraplex_server.model.layers.packed_lora_linear import PackedLoraLinear
-from loraplex_server.model.layers.routed import RoutedMlp
 from loraplex_server.model.loading.served_spec import PackedSlice, served_spec
 from loraplex_server.model.packing import replace_linears
 
+from .encoder import Encoder, Modality, TowerInputs
 from .encoder_check import EncoderReference
 from .layouts import ENCODERS
 from .text_attention import install_text_attention
 
 
-class TextEncoder:
-    """An encoder whose modules apply adapters. Engine thread only after the build.
+class TextEncoder(Encoder):
+    """An encoder of texts, whose only tower is the encoder itself.
 
-    ``forward`` reads rows and adapters from ``step``. There is no KV cache: a text is one chunk.
+    ``forward`` reads rows and adapters from ``step``.
     """
 
-    shard = None  # it is not cut over several ranks
-    stacked: frozenset[str] = frozenset()  # it has no experts
-    mlps: Mapping[str, RoutedMlp] = MappingProxyType({})
-    eos_token_ids: frozenset[int] = frozenset()
+    embeds_features = False
 
     def __init__(
         self,
@@ -53,8 +46,9 @@ class TextEncoder:
         config = model.config
         self.head_plan, self.lacking = head, lacking
         self.layout = ENCODERS[config.model_type]
+        self.classifies_tokens_by_features = self.layout.classifies_tokens_by_features
+        self.towers = MappingProxyType({Modality.TEXT: self})
         self.step = ForwardContext()
-        self.vocab_size = int(config.vocab_size)
         self.dtype, self.device = model.dtype, model.device
         self.classifier_pooling = PoolingMode(getattr(config, "classifier_pooling", "cls"))
         self._pad = int(config.pad_token_id or 0) if self.layout.counts_from_pad else None
@@ -66,9 +60,7 @@ class TextEncoder:
         spec = _spec_of(model, model_id)
         self.spec = served_spec(spec, model, packed, linears=spec.modules)
         install_text_attention(model, self.step)
-        self.groups: dict[str, PackedLoraLinear] = replace_linears(
-            model, self.spec, self.step, packed, exponent_coding=True
-        )
+        self.groups = replace_linears(model, self.spec, self.step, packed, exponent_coding=True)
         self.norms = replace_norms(model, self.step)  # names
         self.embeddings = replace_embeddings(model, self.step)  # names
         self._embedding = model.get_input_embeddings()
@@ -79,39 +71,31 @@ class TextEncoder:
         if reference is not None:
             reference.check(self)
 
-    @property
-    def routable(self) -> frozenset[str]:
-        """The names of projections that may have experts."""
-        return frozenset(self.spec.modules) - self.spec.optional
+    def probe_inputs(self) -> tuple[Modality, TowerInputs]:
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return Modality.TEXT, TowerInputs(zero, zero)
 
-    def attach_pool(self, pool: LoraPool) -> None:
-        """Make the linears apply the pool's adapters."""
-        for group in self.groups.values():
-            group.lora = PreparedTarget(pool, group.target.name)
-
-    def forward(self, token_ids: Tensor, token_types: Tensor) -> Tensor:
-        """Return the final hidden states [T, hidden_size]. Both inputs are [T].
-
-        ``token_types``: 1 for tokens of the second text of a pair.
-        """
-        inputs = {
+    def forward(self, inputs: TowerInputs) -> Tensor:
+        """Return the final hidden states [T, hidden_size]."""
+        token_ids = inputs.token_ids
+        arguments = {
             "inputs_embeds": self._embedding(token_ids).unsqueeze(0),
             "position_ids": self._position_ids(token_ids).unsqueeze(0),
         }
         if self.layout.has_token_types:
             n_types = int(self._trunk.config.type_vocab_size)
-            inputs["token_type_ids"] = token_types.clamp(max=n_types - 1).unsqueeze(0)
-        hidden: Tensor = self._trunk(attention_mask=None, **inputs).last_hidden_state
+            arguments["token_type_ids"] = inputs.token_types.clamp(max=n_types - 1).unsqueeze(0)
+        hidden: Tensor = self._trunk(attention_mask=None, **arguments).last_hidden_state
         return hidden.squeeze(0)
 
-    def features(self, rows: Tensor) -> Tensor:
+    def features(self, pooled: Tensor) -> Tensor:
         """Return the classifier's inputs [n, hidden_size] of hidden states [n, hidden_size].
 
         The adapters are those of ``step``, whose rows are these.
         """
-        return self._features(rows)
+        return self._features(pooled)
 
-    def pooled(self, hidden: Tensor) -> Tensor:
+    def pooled(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Return the row [hidden_size] of a text [n, hidden_size] that its class depends on."""
         if self.classifier_pooling is PoolingMode.CLS:
             return hidden[0]

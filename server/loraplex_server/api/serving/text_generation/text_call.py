@@ -130,8 +130,9 @@ class TextCall(Generic[B]):
         state.unknown_fields.warn(body.model_extra or ())
         state.lifecycle.check_admitting()
         if not state.model.writes_text:
+            kind = "a text" if state.model.image_encoder is None else "an image"
             raise invalid(
-                f"{state.resolver.base_name} is a text encoder and writes no text; ask "
+                f"{state.resolver.base_name} is {kind} encoder and writes no text; ask "
                 "/v1/embeddings, /classify, /score, /rerank or /pooling",
                 "model",
                 "base_is_encoder",

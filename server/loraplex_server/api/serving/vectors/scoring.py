@@ -104,10 +104,8 @@ class _PairScorer:
             )
         queries = self._first if len(self._first) > 1 else [self._first[0]] * len(self._second)
         pairs = list(zip(queries, self._second, strict=True))
-        encoded = await source.encode_pairs(pairs, param=self._names[1], cut=call.cut)
-        prompts = [pair.ids for pair in encoded]
-        second = [pair.second_text_at for pair in encoded]
-        logits = await source.read(prompts, Pooling.of_head(head), second)
+        prompts = await source.encode_pairs(pairs, param=self._names[1], cut=call.cut)
+        logits = await source.read(prompts, Pooling.of_head(head))
         scores = await in_turns(activated(head, row, use_activation).item() for row in logits)
         return _Scored(scores, sum(map(len, prompts)))
 

@@ -14,15 +14,14 @@ from torch import Tensor
 from loraplex_adapter_store.names.selector import Auto, Description
 from loraplex_adapter_store.plan import Activation, HeadPlan, HeadTask
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.api.protocol.vectors import InputBody, VectorBody
-from loraplex_server.api.serving.chat.chat_prompt import ChatPrompt
-from loraplex_server.api.serving.completion.completion import split_prompts
+from loraplex_server.api.protocol.vectors import VectorBody
 from loraplex_server.api.serving.disconnect import unless_client_leaves
 from loraplex_server.api.serving.unsupported import refuse_unsupported
 from loraplex_server.api.state import AppState
-from loraplex_server.errors import invalid
+from loraplex_server.errors import from_image, invalid
+from loraplex_server.images import ImageRefused, check_count
 
-from .vector_source import AdapterVectors, Cut, EncoderVectors, Ids, VectorSource
+from .vector_source import AdapterVectors, Cut, EncoderVectors, VectorSource
 
 T = TypeVar("T")
 Answer = Callable[[VectorSource], Coroutine[None, None, bytes]]
@@ -41,11 +40,12 @@ class VectorCall:
         prompt_param: str,
         *,
         n_inputs: int,
+        n_images: int = 0,
         needs_head: bool = False,
     ) -> None:
-        """``prompt_param``: the field with the texts. ``needs_head``: only classifiers can answer.
+        """``prompt_param``: the field with the texts or images. ``n_images``: of the inputs.
 
-        Raises ApiError.
+        ``needs_head``: only classifiers can answer. Raises ApiError.
         """
         self.info, _ = state.begin_call(request)
         refuse_unsupported(body.model_extra or {})
@@ -58,10 +58,14 @@ class VectorCall:
         limit = state.config.http.max_inputs
         if n_inputs > limit:
             raise invalid(f"{n_inputs} texts are more than the {limit} of one call", prompt_param)
+        try:
+            check_count(n_images, state.config.http.image_limits)
+        except ImageRefused as error:
+            raise from_image(error, prompt_param) from error
         self.cut = Cut(body.truncate_prompt_tokens, body.truncation_side)
         self.id = f"{id_prefix}-{uuid.uuid4().hex}"
         self.prompt_param = prompt_param
-        self._body, self._needs_head = body, needs_head
+        self._body, self._needs_head, self._has_images = body, needs_head, n_images > 0
 
     async def respond(self, routing_text: str, answer: Answer) -> Response:
         """Send the JSON of ``answer``. ``routing_text``: the text for ``auto`` routing.
@@ -90,6 +94,8 @@ class VectorCall:
         started = perf_counter()
         requested = state.resolver.parse(**body.adapter_fields)
         selector = requested.selector
+        if self._has_images and isinstance(selector, Auto | Description):
+            raise invalid("adapters are chosen and made by texts; name one", requested.param)
         if self._needs_head and isinstance(selector, Auto | Description):
             finds = "'auto' chooses" if isinstance(selector, Auto) else "a description makes"
             raise invalid(f"{finds} adapters that write text; name a classifier", requested.param)
@@ -122,47 +128,6 @@ class VectorCall:
             orjson.dumps(item, option=orjson.OPT_SERIALIZE_NUMPY) for item in items
         )
         return orjson.dumps(head)[:-1] + b',"data":[' + b",".join(written) + b"]}"
-
-
-class Inputs:
-    """The ``input`` or ``messages`` of a body."""
-
-    def __init__(self, body: InputBody) -> None:
-        """Raises ApiError (400)."""
-        if (body.input is None) == (body.messages is None):
-            raise invalid("give either input or messages", "input")
-        self._body = body
-        self._texts: list[str] = []
-        self._id_lists: list[Ids] = []
-        self._chat: ChatPrompt | None = None
-        if body.input is not None:
-            self._texts, self._id_lists = split_prompts(body.input)
-        if body.messages is not None:
-            self._chat = ChatPrompt(
-                body.messages,
-                add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=body.continue_final_message,
-                chat_template_kwargs=body.chat_template_kwargs,
-                default_generation_prompt=False,
-            )
-
-    def __len__(self) -> int:
-        return len(self._texts) or len(self._id_lists) or 1
-
-    @property
-    def routing_text(self) -> str:
-        return "\n".join(self._texts) if self._chat is None else self._chat.routing_text
-
-    async def prompts(self, source: VectorSource, cut: Cut) -> list[Ids]:
-        """Return the token ids of each prompt, truncated. Raises ApiError (400)."""
-        if self._chat is not None:
-            return cut.apply([await source.encode_chat(self._chat)], source, "messages")
-        if self._texts:
-            special = self._body.add_special_tokens is not False
-            return await source.encode(self._texts, param="input", special=special, cut=cut)
-        for ids in self._id_lists:
-            source.check_ids(ids, "input")
-        return cut.apply(self._id_lists, source, "input")
 
 
 def head_for(source: VectorSource, task: HeadTask, route: str) -> HeadPlan:

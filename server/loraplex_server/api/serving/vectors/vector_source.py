@@ -22,15 +22,16 @@ from loraplex_server.api.state import AppState
 from loraplex_server.engine.requests.client import GenerationRequest
 from loraplex_server.engine.requests.pooling import Pooling
 from loraplex_server.engine.requests.sampling_params import SamplingParams
-from loraplex_server.errors import invalid
+from loraplex_server.errors import from_image, invalid
+from loraplex_server.images import ImageRefused
 from loraplex_server.metrics.server_metrics import CallMetrics
 from loraplex_server.text.text_pipeline import EncodedText
 
+from .prompt import Ids, Prompt
 from .vector_batch import VectorBatch
 
 S = TypeVar("S", bound=Sized)
 T = TypeVar("T")
-Ids = tuple[int, ...]
 _NO_SAMPLING = SamplingParams(max_tokens=0, temperature=0.0)
 _PIECE_TOKENS = 256  # of one forward, with padding; texts of other tenants go between two
 _PIECE_CHARS = 1 << 16  # that are tokenised at once
@@ -48,17 +49,22 @@ class VectorSource(ABC):
     pooling: PoolingPlan
     max_tokens: int  # of one prompt
     width: int | None = None  # of a vector; None: known after ``read``
+    digest: str = ""  # of the adapter; empty without one
 
     @abstractmethod
     async def encode(
         self, texts: Sequence[str], *, param: str, special: bool, cut: Cut
-    ) -> list[Ids]: ...
+    ) -> list[Prompt]: ...
 
     @abstractmethod
     async def encode_pairs(
         self, pairs: Sequence[tuple[str, str]], *, param: str, cut: Cut
-    ) -> list[EncodedText]:
+    ) -> list[Prompt]:
         """Return each pair as one prompt."""
+
+    @abstractmethod
+    async def encode_images(self, images: Sequence[str], *, param: str) -> list[Prompt]:
+        """Decode and process images, which are ``data:`` URLs or base64. Raises ApiError."""
 
     @abstractmethod
     async def encode_chat(self, chat: ChatPrompt) -> Ids: ...
@@ -68,16 +74,8 @@ class VectorSource(ABC):
         """Raises ApiError (400) for an id outside the vocabulary."""
 
     @abstractmethod
-    async def read(
-        self,
-        prompts: Sequence[Ids],
-        pooling: Pooling,
-        second_texts_at: Sequence[int | None] = (),
-    ) -> list[Tensor]:
-        """Return float32 [width], or [n_tokens, width], for each prompt. Raises ApiError.
-
-        ``second_texts_at``: of each prompt, if they are pairs; see ``EncodedText``.
-        """
+    async def read(self, prompts: Sequence[Prompt], pooling: Pooling) -> list[Tensor]:
+        """Return float32 [width], or [n_tokens, width], for each prompt. Raises ApiError."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -102,7 +100,7 @@ class Cut:
             )
         return self.n_tokens
 
-    def apply(self, prompts: Sequence[Ids], source: VectorSource, param: str) -> list[Ids]:
+    def apply(self, prompts: Sequence[Ids], source: VectorSource, param: str) -> list[Prompt]:
         """Truncate the prompts. Raises ApiError (400) for empty and for overlong prompts."""
         limit = self.limit(source)
         if limit is not None:
@@ -121,7 +119,7 @@ class Cut:
                     param,
                     "context_length_exceeded",
                 )
-        return list(prompts)
+        return [Prompt(ids) for ids in prompts]
 
 
 class AdapterVectors(VectorSource):
@@ -150,6 +148,11 @@ class AdapterVectors(VectorSource):
         self.pooling = (None if plan is None else plan.pooling) or state.model.embedding_pooling
         self.max_tokens = state.engine.max_model_len - (0 if prefix is None else prefix.n_virtual)
         self.width = state.store.base.hidden_size
+        images = state.model.image_encoder
+        if images is not None and images.similarity is not None:
+            self.max_tokens = min(self.max_tokens, images.max_text_tokens)
+            self.width = state.store.base.feature_size
+        self.digest = "" if resolved.lease is None else resolved.lease.digest
         self._state, self._info, self._resolved = state, info, resolved
         self._call_id, self._load_s, self._prompt_param = call_id, load_s, prompt_param
         self._salt = f"{info.tenant}/{cache_salt or ''}".strip("/")
@@ -157,10 +160,10 @@ class AdapterVectors(VectorSource):
 
     async def encode(
         self, texts: Sequence[str], *, param: str, special: bool, cut: Cut
-    ) -> list[Ids]:
+    ) -> list[Prompt]:
         if not self._state.model.writes_text and special:
             whole = await self._encode_whole(texts, param, cut)
-            return cut.apply([text.ids for text in whole], self, param)
+            return self._padded(cut.apply([text.ids for text in whole], self, param))
         encoded = await self._state.text.encode_many(
             texts, add_special_tokens=special, param=param, tenant=self._info.tenant
         )
@@ -168,13 +171,36 @@ class AdapterVectors(VectorSource):
 
     async def encode_pairs(
         self, pairs: Sequence[tuple[str, str]], *, param: str, cut: Cut
-    ) -> list[EncodedText]:
+    ) -> list[Prompt]:
         if not self._state.model.writes_text:
             whole = await self._encode_whole(pairs, param, cut)
             cut.apply([pair.ids for pair in whole], self, param)  # refuses what is too long
-            return whole
+            return [Prompt(pair.ids, pair.second_text_at) for pair in whole]
         encoded = await self._state.text.encode_many(pairs, param=param, tenant=self._info.tenant)
-        return [EncodedText(ids) for ids in cut.apply(encoded, self, param)]
+        return cut.apply(encoded, self, param)
+
+    async def encode_images(self, images: Sequence[str], *, param: str) -> list[Prompt]:
+        reader, limits = self._state.model.image_encoder, self._state.config.http.image_limits
+        assert reader is not None  # ``Inputs`` refuses images to other bases
+        prompts = []
+        try:
+            for image in images:  # those of other tenants go between two
+                work = partial(reader.read, image, limits)
+                pixels, n_rows = await self._state.pools.images.run(self._info.tenant, work)
+                prompts.append(Prompt.of_image(pixels, n_rows))
+        except ImageRefused as error:
+            where = param if len(images) == 1 else f"{param}, image {len(prompts)}"
+            raise from_image(error, param, where) from error
+        return prompts
+
+    def _padded(self, prompts: list[Prompt]) -> list[Prompt]:
+        """Return texts of the length that the base was trained with, if it reads padding."""
+        images = self._state.model.image_encoder
+        if images is None or not images.pads_texts:
+            return prompts
+        pad = self._state.model.tokenizer.pad_token_id or 0
+        n_tokens = images.max_text_tokens
+        return [Prompt(each.ids + (pad,) * (n_tokens - len(each))) for each in prompts]
 
     async def _encode_whole(
         self, texts: Sequence[str] | Sequence[tuple[str, str]], param: str, cut: Cut
@@ -200,25 +226,21 @@ class AdapterVectors(VectorSource):
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         self._state.text.check_ids(ids, param)
 
-    async def read(
-        self,
-        prompts: Sequence[Ids],
-        pooling: Pooling,
-        second_texts_at: Sequence[int | None] = (),
-    ) -> list[Tensor]:
+    async def read(self, prompts: Sequence[Prompt], pooling: Pooling) -> list[Tensor]:
         assert self._batch is None
         requests = [
             GenerationRequest(
                 request_id=f"{self._call_id}-{index}",
-                prompt_ids=ids,
+                prompt_ids=prompt.ids,
                 sampling=_NO_SAMPLING,
                 adapter=self._resolved.lease,
                 cache_salt=self._salt,
                 share=self._info.share,
                 pooling=pooling,
-                second_text_at=second_texts_at[index] if second_texts_at else None,
+                second_text_at=prompt.second_text_at,
+                pixels=prompt.pixels,
             )
-            for index, ids in enumerate(prompts)
+            for index, prompt in enumerate(prompts)
         ]
         n_prompt = sum(map(len, prompts))
         state, info = self._state, self._info
@@ -261,7 +283,7 @@ class EncoderVectors(VectorSource):
 
     async def encode(
         self, texts: Sequence[str], *, param: str, special: bool, cut: Cut
-    ) -> list[Ids]:
+    ) -> list[Prompt]:
         if not special:
             raise invalid(f"{self.model} always reads its special tokens", "add_special_tokens")
         limit = cut.limit(self)
@@ -283,8 +305,11 @@ class EncoderVectors(VectorSource):
 
     async def encode_pairs(
         self, pairs: Sequence[tuple[str, str]], *, param: str, cut: Cut
-    ) -> list[EncodedText]:
+    ) -> list[Prompt]:
         raise invalid(f"{self.model} reads one text at a time", param)
+
+    async def encode_images(self, images: Sequence[str], *, param: str) -> list[Prompt]:
+        raise invalid(f"{self.model} reads texts, and no images", param, "base_reads_no_images")
 
     async def encode_chat(self, chat: ChatPrompt) -> Ids:
         raise invalid(f"{self.model} takes texts, not messages", "messages")
@@ -292,19 +317,14 @@ class EncoderVectors(VectorSource):
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         raise invalid(f"{self.model} takes texts, not token ids", param)
 
-    async def read(
-        self,
-        prompts: Sequence[Ids],
-        pooling: Pooling,
-        second_texts_at: Sequence[int | None] = (),
-    ) -> list[Tensor]:
+    async def read(self, prompts: Sequence[Prompt], pooling: Pooling) -> list[Tensor]:
         if pooling.mode is not PoolingMode.MEAN:
             raise invalid(f"{self.model} makes one vector for a text, not for each token", "task")
         n_prompt = sum(map(len, prompts))
         if self._info.meter is not None:
             await self._info.meter.reserve_tokens(n_prompt)
         self._info.n_prompt_tokens, self._info.n_output_tokens = n_prompt, 0
-        return await self._in_pieces(prompts, self._means, _PIECE_TOKENS)
+        return await self._in_pieces([each.ids for each in prompts], self._means, _PIECE_TOKENS)
 
     def _means(self, ids: Sequence[Ids]) -> list[Tensor]:
         return list(self._encoder.shared.get().means(ids))

@@ -19,16 +19,20 @@ from loraplex_server.api.state import AppState
 from loraplex_server.engine.requests.pooling import Pooling
 from loraplex_server.errors import invalid
 
-from .vector_call import Inputs, VectorCall, activated, head_for, in_turns
-from .vector_source import Ids, VectorSource
+from .inputs import Inputs
+from .prompt import Prompt
+from .vector_call import VectorCall, activated, head_for, in_turns
+from .vector_source import VectorSource
 
 _MAX_VALUES = 1 << 22  # numbers of an answer with a row for each token
 
 
 async def answer_embeddings(state: AppState, request: Request, body: EmbeddingsBody) -> Response:
     """Answer with embeddings. Raises ApiError."""
-    inputs = Inputs(body)
-    call = VectorCall(state, request, body, "embd", "input", n_inputs=len(inputs))
+    inputs = Inputs(state, body)
+    call = VectorCall(
+        state, request, body, "embd", "input", n_inputs=len(inputs), n_images=inputs.n_images
+    )
 
     async def answer(source: VectorSource) -> bytes:
         prompts = await inputs.prompts(source, call.cut)
@@ -44,10 +48,17 @@ async def answer_embeddings(state: AppState, request: Request, body: EmbeddingsB
 
 async def answer_pooling(state: AppState, request: Request, body: PoolingBody) -> Response:
     """Answer with pooled hidden states. Raises ApiError."""
-    inputs = Inputs(body)
+    inputs = Inputs(state, body)
     needs_head = body.task in ("classify", "token_classify")
     call = VectorCall(
-        state, request, body, "pool", "input", n_inputs=len(inputs), needs_head=needs_head
+        state,
+        request,
+        body,
+        "pool",
+        "input",
+        n_inputs=len(inputs),
+        n_images=inputs.n_images,
+        needs_head=needs_head,
     )
 
     async def answer(source: VectorSource) -> bytes:
@@ -66,10 +77,17 @@ async def answer_pooling(state: AppState, request: Request, body: PoolingBody) -
 
 
 async def answer_classes(state: AppState, request: Request, body: ClassifyBody) -> Response:
-    """Answer with the classes of texts. Raises ApiError."""
-    inputs = Inputs(body)
+    """Answer with the classes of texts or images. Raises ApiError."""
+    inputs = Inputs(state, body)
     call = VectorCall(
-        state, request, body, "classify", "input", n_inputs=len(inputs), needs_head=True
+        state,
+        request,
+        body,
+        "classify",
+        "input",
+        n_inputs=len(inputs),
+        n_images=inputs.n_images,
+        needs_head=True,
     )
 
     async def answer(source: VectorSource) -> bytes:
@@ -91,7 +109,11 @@ async def answer_classes(state: AppState, request: Request, body: ClassifyBody) 
 
 
 async def _pooled(
-    source: VectorSource, task: PoolingTask, prompts: Sequence[Ids], body: PoolingBody, width: int
+    source: VectorSource,
+    task: PoolingTask,
+    prompts: Sequence[Prompt],
+    body: PoolingBody,
+    width: int,
 ) -> list[Tensor]:
     match task:
         case "embed":
@@ -110,7 +132,7 @@ async def _pooled(
 
 
 async def embedded(
-    source: VectorSource, prompts: Sequence[Ids], body: EmbeddingsBody | None = None
+    source: VectorSource, prompts: Sequence[Prompt], body: EmbeddingsBody | None = None
 ) -> list[Tensor]:
     """Return a vector for each prompt, as the source's pooling and the body say.
 
@@ -152,7 +174,7 @@ def _usual_task(source: VectorSource) -> PoolingTask:
     return "classify" if source.head.task is HeadTask.SEQ_CLS else "token_classify"
 
 
-def _check_size(prompts: Sequence[Ids], width: int) -> None:
+def _check_size(prompts: Sequence[Prompt], width: int) -> None:
     n_values = width * sum(map(len, prompts))
     if n_values > _MAX_VALUES:
         raise invalid(

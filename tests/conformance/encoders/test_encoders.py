@@ -23,7 +23,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from tests.conformance.encoder_rows import ENCODER_ROWS, EncoderAdapter, EncoderRow
+from tests.conformance.encoders.encoder_rows import ENCODER_ROWS, EncoderAdapter, EncoderRow
 from tests.conformance.load import put_upload
 from tests.conformance.tiny_base import serving
 from tests.support.bases.tiny_encoders import WORDS, save_tiny_encoder

@@ -52,6 +52,9 @@ def _configs(row: VisionRow) -> dict[str, peft.PeftConfig]:
         "trunk-lora": peft.LoraConfig(r=4, target_modules=trunk),
         "trunk-dora": peft.LoraConfig(r=4, use_dora=True, target_modules=trunk),
         "all-linear": peft.LoraConfig(r=4, target_modules="all-linear"),
+        "rslora-patterns": peft.LoraConfig(
+            r=4, use_rslora=True, target_modules="all-linear", rank_pattern={"v_proj": 2}
+        ),
         "dora-everywhere": peft.LoraConfig(
             r=4, use_dora=True, target_modules=["q_proj", "v_proj", "fc1"]
         ),

@@ -20,10 +20,11 @@ from tests.conformance.base_rows import BASE_ROWS
 from tests.conformance.oracle import make_peft
 from tests.conformance.peft_row import PeftRow, moved
 from tests.conformance.tiny_base import app_of, save_base, tiny_engine_config
-from tests.support.bases.tiny_vision import made_image, png, save_tiny_vision
+from tests.support.bases.tiny_vision import IMAGE_ID, made_image, png, save_tiny_vision
 from tests.support.servers.served_app import served_app
 
 _SEES = "What is in the picture of the server that keeps one base model and many adapters?"
+_BEGUN = {"role": "assistant", "content": "It shows"}
 _HTTP = HttpConfig(
     served_model_names=("base",), max_images=3, max_image_bytes=20_000, max_image_pixels=10_000
 )
@@ -138,6 +139,37 @@ def test_tokens_of_an_image_are_counted_by_tokenize(url: str, openai: OpenAI) ->
     messages = _user(made_image(3), _SEES)
     answer = httpx.post(f"{url}/tokenize", json={"messages": messages})
     assert answer.json()["count"] == _ask(openai, messages).usage.prompt_tokens
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_templates_in_worker_processes_read_the_same_parts(url: str, continues: bool) -> None:
+    messages = [*_user(made_image(3), _SEES), *([_BEGUN] if continues else [])]
+    body = {"messages": messages, "continue_final_message": continues}
+    ids = [
+        httpx.post(f"{url}/tokenize", json={**body, **more}).json()["tokens"]
+        for more in ({}, {"chat_template_kwargs": {"unread": 1}})  # arguments need a process
+    ]
+    assert ids[0] == ids[1]
+    assert ids[0].count(IMAGE_ID) == 16
+
+
+def test_a_template_that_names_no_images_gets_their_placeholders(url: str, tmp_path: Path) -> None:
+    base = AutoModelForImageTextToText.from_pretrained(save_tiny_vision("llava", tmp_path / "base"))
+    row = PeftRow("own", lambda: LoraConfig(r=2, target_modules=["down_proj"]), moved(0.1))
+    make_peft(row, base, tmp_path / "adapter")
+    template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    files = {
+        "config": (tmp_path / "adapter/adapter_config.json").read_bytes(),
+        "weights": (tmp_path / "adapter/adapter_model.safetensors").read_bytes(),
+        "chat_template": template.encode(),
+    }
+    put = httpx.put(f"{url}/v1/adapters/own", files=files)
+    assert put.status_code == 201, put.text
+    body = {"adapter": "own", "messages": _user("a", made_image(3), "b"), "max_tokens": 1}
+    answer = httpx.post(f"{url}/v1/chat/completions", json={**body, "return_token_ids": True})
+    ids = answer.json()["prompt_token_ids"]
+    text = httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()["prompt"]
+    assert text == f"[a{'<image>' * 16}b]"
 
 
 def _bomb() -> str:

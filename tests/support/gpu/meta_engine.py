@@ -32,6 +32,7 @@ from loraplex_server.engine.requests.sampling_params import SamplingParams
 from loraplex_server.engine.steps import model_runner
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.quantized.quantized_modules import quantize_linears
+from loraplex_server.model.vision.prompt_image import PromptImage
 from tests.support.gpu.meta_device import META, MetaGpu, Work, meta_gpu
 from tests.support.servers.engines import GREEDY, Answer, PlanLease
 
@@ -52,6 +53,7 @@ class Wish:
     prompt: tuple[int, ...] = (5, 9, 20, 31, 7)
     sampling: SamplingParams = GREEDY
     pooling: Pooling | None = None
+    images: tuple[PromptImage, ...] = ()
 
 
 @dataclass
@@ -138,6 +140,7 @@ class MetaEngine:
                 wish.sampling,
                 None if plan is None else PlanLease(plan),
                 pooling=wish.pooling,
+                images=wish.images,
             )
             self._engine.submit(request, _listener(run.answers[index]))
         while any(not a.events or a.finish is None for a in run.answers):

@@ -26,8 +26,9 @@ class ImageRows:
 
     def __init__(self, trunk: ImageTrunk, adapters: AdapterRows) -> None:
         self._trunk, self._adapters = trunk, adapters
-        # By the image's digest and that of the adapter; the last used at the end.
-        self._features: OrderedDict[tuple[bytes, str], Tensor] = OrderedDict()
+        # By the digests of image and adapter, and by the tenant's salt, so that no tenant can tell
+        # by the time whether another one sent an image. The last used are at the end.
+        self._features: OrderedDict[tuple[bytes, str, str], Tensor] = OrderedDict()
         self._n_bytes = 0
 
     def put(
@@ -51,7 +52,7 @@ class ImageRows:
         digest, adapter = chunk.adapter_digest, chunk.request.source.adapter
         if not digest or adapter is None or not _changes(adapter.plan, self._trunk.layout.parts):
             digest = ""
-        key = (image.digest, digest)
+        key = (image.digest, digest, chunk.request.source.cache_salt)
         features = self._features.get(key)
         if features is None:
             features = self._features[key] = self._compute(image, digest)

@@ -19,8 +19,9 @@ def image_parts(messages: Sequence[ChatMessage]) -> list[ImagePart]:
     """Return the images of all messages, in order. Raises ApiError (400)."""
     images = []
     for position, message in enumerate(messages):
-        for number, part in enumerate(message.content or ()):
-            if isinstance(part, dict) and part.get("type") == "image_url":
+        parts = [] if isinstance(message.content, str) else message.content or []
+        for number, part in enumerate(parts):
+            if part.get("type") == "image_url":
                 at = f"messages[{position}].content[{number}].image_url"
                 images.append(ImagePart(_url(part, at), f"{at}.url"))
     return images

@@ -87,7 +87,11 @@ class EngineLoop:
             eos_token_ids=settings.eos_token_ids,
             jump_forward=settings.jump_forward,
         )
-        self._drafter = Drafter(kv_cache, self.outputs.n_left) if settings.drafts else None
+        self._drafter: Drafter | None = None
+        if settings.drafts:
+            self._drafter = Drafter(
+                kv_cache, self.outputs.n_left, max_step_tokens=scheduler.max_step_tokens
+            )
         self._in_flight: _InFlight | None = None
         self._finished = 0.0  # when the last step did
         self._unloads: list[Unload] = []  # not answered yet

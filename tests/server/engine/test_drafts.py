@@ -148,9 +148,14 @@ def test_right_and_wrong_drafts_change_no_token(
         assert n_accepted == stats.n_accepted_tokens
 
 
-@pytest.mark.parametrize("logprobs", [None, 2])
+@pytest.mark.parametrize(
+    ("logprobs", "limits"),
+    [(None, {}), (2, {"max_batch_size": 1}), (2, {"max_step_tokens": 3})],
+    ids=["all at once", "one row", "three tokens"],
+)
 def test_drafts_follow_a_grammar_and_its_forced_tokens(
     logprobs: int | None,
+    limits: dict[str, int],
     model: PreTrainedModel,
     plans: list[AdapterPlan | None],
     grammar: CompiledGrammar,
@@ -161,9 +166,9 @@ def test_drafts_follow_a_grammar_and_its_forced_tokens(
         wanted = ask(engine, requests)
         n_steps = engine.stats().n_steps
     for n_right in (1000, 5):
-        with running_engine(model) as engine:
+        with running_engine(model, **limits) as engine:
             found = ask(engine, _predicting(requests, wanted, n_right))
-            assert n_right < 1000 or engine.stats().n_steps < n_steps
+            assert n_right < 1000 or limits or engine.stats().n_steps < n_steps
             assert engine.stats().n_accepted_tokens > 0
         assert [*map(_facts, found)] == [*map(_facts, wanted)]
 

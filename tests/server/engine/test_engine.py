@@ -92,7 +92,7 @@ def test_chunked_prefill_changes_nothing(model: PreTrainedModel) -> None:
 
 
 def test_the_tokens_of_each_step_are_counted(model: PreTrainedModel) -> None:
-    with running_engine(model, max_step_tokens=7) as engine:
+    with running_engine(model, max_step_tokens=7, drafts="off") as engine:
         generate_all(engine, _prompts(50), SamplingParams(max_tokens=5, temperature=0.0))
         stats = engine.stats()
     # 7 steps of 7 prompt tokens, one of the last, then 4 of one answer token each

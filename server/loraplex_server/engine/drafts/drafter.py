@@ -30,10 +30,13 @@ _FORCED_RATE = 0.99  # of tokens that a grammar forces
 class Drafter:
     """Engine thread only."""
 
-    def __init__(self, kv_cache: KvCache, n_left: Callable[[Request], int]) -> None:
+    def __init__(
+        self, kv_cache: KvCache, n_left: Callable[[Request], int], *, max_step_tokens: int
+    ) -> None:
         """``n_left``: how many more tokens an answer may get."""
         self._kv = kv_cache
         self._n_left = n_left
+        self._max_rows = min(MAX_ROWS, max_step_tokens)
         self._cost = RowCost()
 
     def add(self, chunks: Sequence[ScheduledChunk]) -> Sequence[ScheduledChunk]:
@@ -59,7 +62,7 @@ class Drafter:
     def _candidates(self, request: Request) -> list[int]:
         """Return tokens that may come next, the likeliest first at each position."""
         # The last token of an answer is not computed.
-        n_most = min(MAX_ROWS, self._n_left(request)) - 1
+        n_most = min(self._max_rows, self._n_left(request)) - 1
         if not request.source.drafts or n_most < 1:
             return []
         if request.constraint is not None and request.constraint.forced is not None:
@@ -76,7 +79,7 @@ class Drafter:
         lengths = [0] * n_requests
         best, best_speed = list(lengths), _LEAST_GAIN * n_requests / self._cost.of(n_requests)
         n_expected = float(n_requests)
-        for n_rows in range(n_requests + 1, MAX_ROWS + 1):
+        for n_rows in range(n_requests + 1, self._max_rows + 1):
             gains = [
                 rate ** (n + 1) if n < most else 0.0
                 for rate, n, most in zip(rates, lengths, n_most, strict=True)

@@ -7,7 +7,8 @@ computes, never which.
 
 from collections.abc import Sequence
 
-_N_GRAM = 3  # tokens that must occur again
+_SIZES = (2, 1)  # last tokens that must have occurred before; the first size that did counts
+_N_COMPARED = 3  # last tokens that must equal those where the guesses are read
 _FIRST_RATE = 0.5
 _LEARNING = 0.15  # weight of a guess in the rate
 _FORGETTING = 0.002  # how far a rate returns to its first value in a step without guesses
@@ -27,7 +28,7 @@ class Guesses:
         self.rate = _FIRST_RATE  # estimated probability that the next guess is right
         self._text = [*prediction, *prompt]
         self._n_before = len(prediction)
-        self._n_indexed = 0  # n-grams of the text that begin before this position are indexed
+        self._n_indexed = 0  # n-grams that end before this position are indexed
         self._next: dict[tuple[int, ...], int] = {}  # n-gram → the position after its last place
         self._source = 0 if prediction else -1  # where the last guesses were read; −1: nowhere
 
@@ -36,11 +37,11 @@ class Guesses:
         text = self._text
         n_known = len(text) - self._n_before
         text += token_ids[n_known:]
-        # The last n-gram has no continuation yet.
-        end = len(text) - _N_GRAM
-        for start in range(self._n_indexed, end):
-            self._next[tuple(text[start : start + _N_GRAM])] = start + _N_GRAM
-        self._n_indexed = max(self._n_indexed, end)
+        # The last n-grams have no continuation yet.
+        for end in range(self._n_indexed + 1, len(text)):
+            for size in _SIZES:
+                self._next[tuple(text[max(0, end - size) : end])] = end
+        self._n_indexed = len(text) - 1
         self._source = self._follow(len(token_ids) - n_known)
         guesses: list[int] = []
         if self._source >= 0:
@@ -67,7 +68,8 @@ class Guesses:
         """Return where the text goes on: after the last guesses, or where the n-gram occurred."""
         text = self._text
         source = self._source + n_new
-        n_same = min(_N_GRAM, n_new)
+        n_same = min(_N_COMPARED, n_new)
         if self._source >= 0 and text[source - n_same : source] == text[len(text) - n_same :]:
             return source
-        return self._next.get(tuple(text[-_N_GRAM:]), -1)
+        places = (self._next.get(tuple(text[-size:]), -1) for size in _SIZES)
+        return next((place for place in places if place >= 0), -1)

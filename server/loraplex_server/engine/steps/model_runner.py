@@ -14,6 +14,7 @@ from loraplex_kernels.layers.flashinfer_attention import FlashInferAttention
 from loraplex_kernels.lora.native_decoder import LogitsRows
 from loraplex_server.engine.adapters.device_pool import DevicePool
 from loraplex_server.engine.adapters.layer_kind import LayerKind
+from loraplex_server.engine.drafts.row_cost import MAX_ROWS
 from loraplex_server.engine.memory.device import release_cached_memory, use_device
 from loraplex_server.engine.memory.kv_cache import KvCache
 from loraplex_server.engine.requests.client import LostAtStart
@@ -67,7 +68,7 @@ class ModelRunner(StepRunner):
         self._head = OutputHead(
             model,
             self._adapters,
-            n_rows=kv_cache.page_table.shape[0],
+            n_rows=max(kv_cache.page_table.shape[0], MAX_ROWS),
             overlaps=mode.overlaps,
         )
         self.lost_at_start: tuple[LostAtStart, ...] = ()

@@ -29,7 +29,7 @@ class OutputHead:
     def __init__(
         self, model: BaseModel, adapters: AdapterRows, *, n_rows: int, overlaps: bool
     ) -> None:
-        """``n_rows``: most requests of a step. ``overlaps``: see ``StepMode``."""
+        """``n_rows``: most rows of a step that get a token. ``overlaps``: see ``StepMode``."""
         self._model, self._adapters = model, adapters
         self._raw_logits = _RowBuffer(n_rows, model.vocab_size, model.dtype, model.device)
         self._float_logits = _RowBuffer(n_rows, model.vocab_size, torch.float32, model.device)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -31,11 +31,13 @@ from loraplex_server.engine.requests.pooling import Pooling
 from loraplex_server.engine.requests.sampling_params import SamplingParams
 from loraplex_server.engine.steps import model_runner
 from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.encoder.encoder import Encoder
 from loraplex_server.model.quantized.quantized_modules import quantize_linears
 from loraplex_server.model.vision.prompt_image import PromptImage
 from tests.support.gpu.meta_device import META, MetaGpu, Work, meta_gpu
 from tests.support.servers.engines import GREEDY, Answer, PlanLease
 
+_Base = TypeVar("_Base", BaseModel, Encoder)
 SMALL = EngineConfig(
     kv_memory_bytes=1 << 20,
     adapter_memory_bytes=8 << 20,
@@ -54,6 +56,7 @@ class Wish:
     sampling: SamplingParams = GREEDY
     pooling: Pooling | None = None
     images: tuple[PromptImage, ...] = ()
+    pixels: Tensor | None = None  # of an image, whose rows the prompt counts
 
 
 @dataclass
@@ -141,6 +144,7 @@ class MetaEngine:
                 None if plan is None else PlanLease(plan),
                 pooling=wish.pooling,
                 images=wish.images,
+                pixels=wish.pixels,
             )
             self._engine.submit(request, _listener(run.answers[index]))
         while any(not a.events or a.finish is None for a in run.answers):
@@ -178,7 +182,7 @@ def base_on_host(
         return BaseModel(own, "tiny", fuse=fuse, self_check=False)
 
 
-def on_meta(base: BaseModel, device: torch.device = META) -> BaseModel:
+def on_meta(base: _Base, device: torch.device = META) -> _Base:
     """Return a copy with tensors on ``meta``. Its spec still reads the original's values."""
     moved: dict[int, Tensor] = {}
 
@@ -207,7 +211,7 @@ def _at_once(work: Callable[[], Any], device: torch.device) -> Any:
 
 @contextmanager
 def meta_engine(
-    base: BaseModel,
+    base: BaseModel | Encoder,
     monkeypatch: pytest.MonkeyPatch,
     *,
     device: torch.device = META,

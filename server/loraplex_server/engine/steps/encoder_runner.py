@@ -82,6 +82,8 @@ class EncoderRunner(StepRunner):
         )
         hidden, features = self._forward(tower, batch, chunks, digests, own_rows)
         of_requests = self._features(tower, batch, chunks, hidden)
+        if len(of_requests) == len(chunks):  # so no hidden state is copied to the host
+            return of_requests
         hidden = hidden.float().cpu()
         vectors: dict[str, Tensor] = {}
         for chunk, rows in zip(chunks, batch.chunk_rows, strict=True):

@@ -66,7 +66,7 @@ class ImageEncoder(Encoder):
         self.groups = replace_linears(model, self.spec, self.step, packed, exponent_coding=True)
         self.norms = replace_norms(model, self.step)
         self.embeddings = replace_embeddings(model, self.step, within=("text_model.",))
-        self.towers = MappingProxyType(dict(layout.towers(model, self.step)))
+        self.towers = layout.towers(model, self.step)
         texts = getattr(config, "text_config", None)
         self.max_text_tokens = 0 if texts is None else int(texts.max_position_embeddings)
         self.max_positions = max(self.n_rows(*image_size), self.max_text_tokens)

@@ -140,7 +140,7 @@ def _end_of_text(eos_token_id: int) -> Pool:
 
     def pool(hidden: Tensor, token_ids: Tensor) -> Tensor:
         is_end = token_ids if eos_token_id == 2 else token_ids.eq(eos_token_id).int()
-        return hidden[is_end.argmax()]
+        return hidden.index_select(0, is_end.argmax().unsqueeze(0))[0]  # a GPU need not wait
 
     return pool
 
@@ -172,7 +172,7 @@ def _clip(model: PreTrainedModel, step: ForwardContext) -> Mapping[Modality, Tow
         embeddings="vision_model.embeddings",
         before="vision_model.pre_layrnorm",
         pool=_first,
-        features=lambda pooled: projection(norm(pooled)),
+        features=nn.Sequential(norm, projection),
     )
     pool = _end_of_text(int(model.config.text_config.eos_token_id))
     texts = TextTower(model, step, causal=True, pool=pool, head="text_projection")

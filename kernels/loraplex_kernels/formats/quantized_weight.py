@@ -204,10 +204,10 @@ class QuantizedWeight:
 def quantize_weight(weight: Tensor, format: WeightFormat) -> QuantizedWeight:
     """Quantise ``weight`` [n_out, in_features] on its device.
 
-    int8 and fp8 have a float32 scale for each output. int4 has a scale of the weight's dtype for
-    each 128 inputs (64 where 128 does not divide them). A scale maps the largest weight of its
-    group to the largest code, and each weight becomes the nearest code. Raises ValueError if a
-    weight is not finite.
+    int8 has a float16 scale for each output, fp8 a float32 one. int4 has a float16 scale for each
+    128 inputs (64 where 128 does not divide them). A scale maps the largest weight of its group to
+    the largest code, and each weight becomes the nearest code. Raises ValueError if a weight is not
+    finite, or too large for a scale.
     """
     in_features = weight.shape[1]
     group_size = in_features
@@ -251,8 +251,10 @@ def _quantize_rows(rows: Tensor, format: WeightFormat, group_size: int) -> tuple
     # The divisor is a tensor: CUDA multiplies by the reciprocal of a number, and scales would
     # differ from those of the CPU, which computes the weights for adapters of sharded bases.
     scales = largest / largest.new_full((1,), _LARGEST[format])
-    if format is WeightFormat.INT4:
-        scales = scales.to(rows.dtype)
+    if format is not WeightFormat.FP8:
+        scales = scales.half()
+        if bool(scales.isinf().any()):
+            raise ValueError(f"a weight of {float(largest.max()):g} is too large to be quantised")
     # A group of zeros, or of values that underflow, may have any scale: its codes are zero.
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     steps = grouped / scales.float().unsqueeze(-1)

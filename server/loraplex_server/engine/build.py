@@ -121,12 +121,6 @@ def build_engine(
             device,
         )
         spec = model.spec
-    slow = spec.quantization in tuple(WeightFormat)  # GGUF's types are not
-    if slow and device.type == "cpu":
-        _log.warning(
-            "%s linears save memory on a CPU, and every step takes many times as long",
-            spec.quantization,
-        )
     try:
         engine = assemble_engine(model, config, shard_workers=workers)
     except BaseException:

@@ -13,7 +13,7 @@ from loraplex_kernels.formats.storage import WeightRange
 from loraplex_kernels.layers.base_linear import BaseLinear
 from loraplex_kernels.layers.block_linear import block_linear
 from loraplex_kernels.layers.packed_linear import PackedLinear, packed_words
-from loraplex_kernels.layers.quantized_linear import QuantizedLinear
+from loraplex_kernels.layers.quantized_linear import coded_linear
 
 from .errors import UnsupportedBase
 from .layers.adapted_modules import PlainTable, Table
@@ -133,7 +133,7 @@ def _pack(
     if len(quantized) < len(modules):
         raise UnsupportedBase(f"some of {', '.join(names)} are quantised and some are not")
     try:
-        return QuantizedLinear(quantized, biases)
+        return coded_linear(quantized, biases)
     except ValueError as error:
         raise UnsupportedBase(f"{', '.join(names)}: {error}") from error
 

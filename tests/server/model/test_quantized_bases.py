@@ -1,11 +1,15 @@
 """Quantised bases of many architectures answer as transformers does over dequantised weights."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from loraplex_kernels.formats.quantized_weight import WeightFormat
-from loraplex_kernels.layers.quantized_linear import QuantizedPanels
+from loraplex_kernels.formats.quantized_weight import QuantizedWeight, WeightFormat
+from loraplex_kernels.layers.base_linear import BaseLinear
+from loraplex_server.model import packing
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.errors import UnsupportedBase
 from loraplex_server.model.quantized.quantized_modules import QuantizedModule, quantize_linears
@@ -51,11 +55,11 @@ def test_the_self_check_sees_a_wrong_scale(
 ) -> None:
     model = tiny_model("llama").to(dtype)
     quantize_linears(model, WeightFormat.INT8, CPU)
-    right = QuantizedPanels._plain
+    right = packing.coded_linear
 
-    def wrong(self: QuantizedPanels, panels: slice) -> Tensor:
-        return right(self, panels) * 1.1
+    def wrong(weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> BaseLinear:
+        return right([replace(w, scales=w.scales * 1.1) for w in weights], biases)
 
-    monkeypatch.setattr(QuantizedPanels, "_plain", wrong)
+    monkeypatch.setattr(packing, "coded_linear", wrong)
     with pytest.raises(UnsupportedBase, match="differently from transformers"):
         BaseModel(model, "tiny", self_check=True)

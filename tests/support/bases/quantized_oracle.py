@@ -25,14 +25,14 @@ def dequantized_weight(weight: Tensor, format: str) -> Tensor:
     if format == "int4":
         size = 128 if weight.shape[1] % 128 == 0 else 64
         groups = torch.split(weight, size, dim=1)
-        return torch.cat([_to_steps(group, 7, weight.dtype) for group in groups], dim=1)
+        return torch.cat([_to_steps(group, 7) for group in groups], dim=1)
     if format == "int8":
-        return _to_steps(weight, 127, torch.float32)
+        return _to_steps(weight, 127)
     scale = weight.float().abs().amax(1, keepdim=True) / 448
     codes = (weight.float() / scale).to(torch.float8_e4m3fn)
     return (codes.float() * scale).to(weight.dtype)
 
 
-def _to_steps(weight: Tensor, n_steps: int, scale_dtype: torch.dtype) -> Tensor:
-    scale = (weight.float().abs().amax(1, keepdim=True) / n_steps).to(scale_dtype).float()
+def _to_steps(weight: Tensor, n_steps: int) -> Tensor:
+    scale = (weight.float().abs().amax(1, keepdim=True) / n_steps).half().float()
     return ((weight.float() / scale).round().clamp(-n_steps - 1, n_steps) * scale).to(weight.dtype)

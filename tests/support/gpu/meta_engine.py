@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_kernels.formats.quantized_weight import WeightFormat
-from loraplex_kernels.layers import packed_linear, quantized_linear
+from loraplex_kernels.layers import packed_linear
+from loraplex_kernels.layers.quantized_linear import QuantizedLinear
 from loraplex_server.engine import build
 from loraplex_server.engine.adapters import adapter_loader
 from loraplex_server.engine.config import EngineConfig
@@ -30,6 +31,7 @@ from loraplex_server.engine.requests.events import TokenEvent
 from loraplex_server.engine.requests.pooling import Pooling
 from loraplex_server.engine.requests.sampling_params import SamplingParams
 from loraplex_server.engine.steps import model_runner
+from loraplex_server.model import packing
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.encoder.encoder import Encoder
 from loraplex_server.model.quantized.quantized_modules import quantize_linears
@@ -174,8 +176,8 @@ def base_on_host(
 ) -> BaseModel:
     """Build the model with values, which a server's start needs, and weights as on a GPU."""
     with monkeypatch.context() as patch:
-        for module in (packed_linear, quantized_linear):
-            patch.setattr(module, "dtype_code", lambda _: None)
+        patch.setattr(packed_linear, "dtype_code", lambda _: None)
+        patch.setattr(packing, "coded_linear", QuantizedLinear)
         own = copy.deepcopy(model).to(torch.bfloat16)
         if quantization is not None:
             quantize_linears(own, quantization, own.device)

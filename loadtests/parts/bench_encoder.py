@@ -1,4 +1,4 @@
-"""Embeddings per second of a text encoder: without adapters, with many, and beside PEFT.
+"""Embeddings per second of an encoder: without adapters, with many, and beside PEFT.
 
     loraplex serve --model all-minilm-l6-v2 --max-loras 32 &
     python loadtests/parts/bench_encoder.py --base ~/.cache/loraplex/models/all-minilm-l6-v2
@@ -6,10 +6,13 @@
 Calls of ``--texts`` texts each name one of ``--adapters`` LoRAs of rank 8 on queries and values.
 The server answers ``--clients`` calls at a time. sentence-transformers answers the same calls one
 by one: it holds all adapters and activates that of the call. The three take turns, and the ratios
-are those of the median turns.
+are those of the median turns. With ``--images`` a call has images of 320 x 240 pixels, and PEFT
+runs on transformers' own model and image processor.
 """
 
 import argparse
+import base64
+import io
 import json
 import random
 import statistics
@@ -22,13 +25,19 @@ from pathlib import Path
 import httpx
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import AutoModel
+from transformers import AutoImageProcessor, AutoModel
 
-_TARGETS = {"modernbert": ["Wqkv"], "distilbert": ["q_lin", "v_lin"]}
+_TARGETS = {
+    "modernbert": ["Wqkv"],
+    "distilbert": ["q_lin", "v_lin"],
+    **{name: ["q_proj", "v_proj"] for name in ("vit", "dinov2", "clip", "siglip")},
+}
 _WORDS = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split()
-Call = tuple[str, list[str]]  # adapter, texts
+Call = tuple[str, list[str]]  # adapter, texts or data: URLs of images
+Embed = Callable[[list[str]], object]  # the texts or images of a call, with the active adapter
 
 
 def make_adapters(base: Path, folder: Path, n: int) -> list[str]:
@@ -57,13 +66,46 @@ def mean_of(base: Path) -> SentenceTransformer:
     return SentenceTransformer(modules=modules, device="cpu")
 
 
-def make_calls(names: Sequence[str], n_calls: int, n_texts: int) -> list[Call]:
+def make_calls(names: Sequence[str], n_calls: int, n_inputs: int, *, images: bool) -> list[Call]:
     rng = random.Random(1)
 
     def text() -> str:
         return " ".join(rng.choices(_WORDS, k=rng.randint(4, 40)))
 
-    return [(names[i % len(names)], [text() for _ in range(n_texts)]) for i in range(n_calls)]
+    def image() -> str:
+        file = io.BytesIO()
+        Image.frombytes("RGB", (8, 6), rng.randbytes(144)).resize((320, 240)).save(file, "JPEG")
+        return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+    make = image if images else text
+    return [(names[i % len(names)], [make() for _ in range(n_inputs)]) for i in range(n_calls)]
+
+
+def image_embedder(base: Path) -> tuple[torch.nn.Module, Embed]:
+    """Return transformers' model, and its embeddings of ``data:`` URLs."""
+    model = AutoModel.from_pretrained(base).eval()
+    processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+
+    @torch.inference_mode()
+    def embed(urls: list[str]) -> object:
+        files = [base64.b64decode(url.partition(",")[2]) for url in urls]
+        images = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        if hasattr(model, "get_image_features"):
+            return model.get_image_features(pixel_values=pixels)
+        return model(pixel_values=pixels)
+
+    return model, embed
+
+
+def text_embedder(base: Path) -> tuple[torch.nn.Module, Embed]:
+    """Return the model of sentence-transformers, and its embeddings of texts."""
+    reference = mean_of(base)
+
+    def embed(texts: list[str]) -> object:
+        return reference.encode(texts, show_progress_bar=False)
+
+    return reference[0].auto_model, embed
 
 
 def seconds_of_server(client: httpx.Client, calls: Sequence[Call], n: int, *, plain: bool) -> float:
@@ -79,13 +121,11 @@ def seconds_of_server(client: httpx.Client, calls: Sequence[Call], n: int, *, pl
     return time.perf_counter() - began
 
 
-def seconds_of_peft(
-    model: SentenceTransformer, adapters: PeftModel, calls: Sequence[Call]
-) -> float:
+def seconds_of_peft(embed: Embed, adapters: PeftModel, calls: Sequence[Call]) -> float:
     began = time.perf_counter()
-    for name, texts in calls:
+    for name, inputs in calls:
         adapters.set_adapter(name)
-        model.encode(texts, show_progress_bar=False)
+        embed(inputs)
     return time.perf_counter() - began
 
 
@@ -95,7 +135,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="the served base's folder")
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--calls", type=int, default=64, help="of a turn")
-    parser.add_argument("--texts", type=int, default=8, help="of a call")
+    parser.add_argument("--texts", type=int, default=8, help="of a call, or images")
+    parser.add_argument("--images", action="store_true", help="embed images in place of texts")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
@@ -104,7 +145,8 @@ def main() -> None:
         httpx.Client(base_url=options.url, timeout=300) as client,
     ):
         names = make_adapters(options.base, Path(folder), options.adapters)
-        reference = mean_of(options.base)
+        make = image_embedder if options.images else text_embedder
+        plain, embed = make(options.base)
         tuned: PeftModel | None = None
         for name in names:
             path = Path(folder) / name
@@ -114,17 +156,18 @@ def main() -> None:
             }
             client.put(f"/v1/adapters/{name}", files=files).raise_for_status()
             if tuned is None:  # PEFT changes the layers of the model in place
-                tuned = PeftModel.from_pretrained(reference[0].auto_model, path, adapter_name=name)
+                tuned = PeftModel.from_pretrained(plain, path, adapter_name=name)
             else:
                 tuned.load_adapter(path, adapter_name=name)
         assert tuned is not None
-        calls = make_calls(names, options.calls, options.texts)
+        calls = make_calls(names, options.calls, options.texts, images=options.images)
+        peer = "transformers and PEFT" if options.images else "sentence-transformers"
         ways: dict[str, Callable[[], float]] = {
             "server, base": lambda: seconds_of_server(client, calls, options.clients, plain=True),
             "server, adapters": lambda: seconds_of_server(
                 client, calls, options.clients, plain=False
             ),
-            "sentence-transformers": lambda: seconds_of_peft(reference, tuned, calls),
+            peer: lambda: seconds_of_peft(embed, tuned, calls),
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(options.turns + 1):  # the first warms up
@@ -135,10 +178,10 @@ def main() -> None:
         median = {way: statistics.median(each) for way, each in seconds.items()}
         n_texts = options.calls * options.texts
         for way, each in median.items():
-            print(f"{way:22} {n_texts / each:8.1f} texts/s")
+            print(f"{way:22} {n_texts / each:8.1f} {'images' if options.images else 'texts'}/s")
         base, adapters, peft = median.values()
         print(f"with {options.adapters} adapters / without: {base / adapters:.2f}")
-        print(f"server / sentence-transformers: {peft / adapters:.2f}")
+        print(f"server / {peer}: {peft / adapters:.2f}")
 
 
 if __name__ == "__main__":

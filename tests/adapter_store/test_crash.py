@@ -22,9 +22,10 @@ from tests.adapter_store.test_store import put, seed_of
 from tests.support.adapters.packers import TensorsAside
 
 
-def test_a_kill_at_any_operation_loses_nothing_that_was_committed() -> None:
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.nightly)])
+def test_a_kill_at_any_operation_loses_nothing_that_was_committed(stride: int) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "tests.support.crash_scenario"],
+        [sys.executable, "-m", "tests.support.crash_scenario", str(stride)],
         capture_output=True,
         text=True,
         timeout=250,

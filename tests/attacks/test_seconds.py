@@ -133,6 +133,7 @@ def test_a_stream_keeps_half_of_its_fair_share_beside_long_rows(server: ServerPr
     check_below(ended - began, 4 * flood_alone_s, "seconds of the flood")
 
 
+@pytest.mark.nightly
 @broken_only_if_each_time
 def test_a_stream_keeps_half_of_its_fair_share_beside_long_texts_for_vectors(
     server: ServerProcess,

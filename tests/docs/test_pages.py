@@ -53,6 +53,8 @@ def _runnable(name: str) -> list[Example]:
 
 def _is_first_read(name: str) -> bool:
     """Return True for pages that CI runs; the others take minutes and run at night."""
+    if name in ("docs/tutorials/train-one.md", "docs/tutorials/load-test.md"):
+        return False  # half a minute each
     return "tutorials" in name or name in ("README.md", "docs/index.md")
 
 

@@ -127,6 +127,7 @@ def test_tenants_rag(server: ServerProcess, pulled_encoder: Path, tmp_path: Path
         assert same.startswith(answer)
 
 
+@pytest.mark.nightly
 def test_encoder_classifiers(pulled_encoder: Path, tmp_path: Path) -> None:
     """Two classifiers of one encoder learn their tasks from twelve texts each."""
     with server_process(pulled_encoder, tmp_path / "state", "--api-key", "sk-operator") as server:

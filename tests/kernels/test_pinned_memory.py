@@ -46,17 +46,21 @@ def test_a_large_image_has_a_slab_whose_rest_serves_others(allocated: list[int])
     assert pinned.empty(0, torch.bfloat16).shape == (0,)
 
 
-def test_memory_is_reused_once_no_view_is_left(allocated: list[int]) -> None:
+def test_memory_is_reused_once_no_view_is_left(
+    allocated: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slab_bytes = 1 << 20
+    monkeypatch.setattr(pinned_memory, "SLAB_BYTES", slab_bytes)
     pinned = PinnedMemory()
     for _ in range(4):
-        view = pinned.empty(SLAB_BYTES // 4, torch.bfloat16)[5:9]
+        view = pinned.empty(slab_bytes // 4, torch.bfloat16)[5:9]
         view.fill_(3)
-        beside = pinned.empty(SLAB_BYTES // 4, torch.bfloat16)
+        beside = pinned.empty(slab_bytes // 4, torch.bfloat16)
         beside.fill_(7)
         assert view.tolist() == [3.0] * 4
         del view, beside
         gc.collect()
-    assert allocated == [SLAB_BYTES]
+    assert allocated == [slab_bytes]
 
 
 def test_threads_never_share_memory(allocated: list[int]) -> None:

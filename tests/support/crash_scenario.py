@@ -1,12 +1,14 @@
 """Kills a process before the k-th change of a scenario, in a file or in SQL, for every k.
 
-Run as a script: it forks once per k, lets the child die, reopens the store, and checks that every
-committed adapter is intact and the one in flight is there wholly or not at all.
+Run as a script, with the distance between one k and the next: it forks once per k, lets the child
+die, reopens the store, and checks that every committed adapter is intact and the one in flight is
+there wholly or not at all.
 """
 
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -99,7 +101,7 @@ def check(root: Path, base: BaseSpec, n_committed: int) -> None:
         store.put_tensors("after", config, tensors)  # type: ignore[arg-type]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, stride: int) -> None:
     torch.set_num_threads(1)
     os.fsync = lambda handle: None  # what a killed process wrote is in the page cache anyway
     base = BaseSpec.of(tiny_llama(), "tiny-llama")
@@ -123,7 +125,7 @@ def main(folder: Path) -> None:
         shutil.rmtree(root)
         if code == 0:
             break
-        k += 1
+        k += stride
     print(json.dumps({"n_operations": k}))
 
 
@@ -131,4 +133,4 @@ if __name__ == "__main__":
     # In memory where there is such a place: what a kill leaves does not depend on the device.
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=shared) as temporary:
-        main(Path(temporary))
+        main(Path(temporary), int(sys.argv[1]))

@@ -3,8 +3,8 @@
 from importlib.metadata import version as installed_version
 from typing import Any
 
-from fastapi import Depends, FastAPI
-from fastapi.security import HTTPBearer
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
 from loraplex_adapter_store.store import AdapterStore
@@ -98,7 +98,7 @@ def build_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    _write_exact_bounds(app)
+    _complete_schema(app, has_keys=bool(config.http.api_keys))
     app.state.parts = state = AppState(
         engine,
         store,
@@ -149,15 +149,15 @@ def _fine_tuning(state: AppState, store: TuningStore, trainer: TrainingThread) -
 
 
 def _add_routes(app: FastAPI, config: HttpConfig) -> None:
-    # The middleware checks the keys; this dependency only documents them.
-    keys = [Depends(HTTPBearer(auto_error=False))] if config.api_keys else []
-    for module in _KEYED:
-        app.include_router(module.router, dependencies=keys)
-    app.include_router(health.router)
-    if config.console:
-        app.include_router(pages.console_router)
-        app.include_router(pages.guide_router())
-    add_error_handlers(app, [health.router, *(module.router for module in _KEYED)])
+    """Add the routes of all modules as they are.
+
+    ``include_router`` would analyse every route again, within the first request.
+    """
+    routers = [*(module.router for module in _KEYED), health.router]
+    shown = [pages.console_router, pages.guide_router()] if config.console else []
+    for router in (*routers, *shown):
+        app.router.routes.extend(router.routes)
+    add_error_handlers(app, routers)
 
 
 def _add_middleware(app: FastAPI, state: AppState, telemetry: Telemetry, limits: Limits) -> None:
@@ -179,8 +179,8 @@ def _add_middleware(app: FastAPI, state: AppState, telemetry: Telemetry, limits:
         )
 
 
-def _write_exact_bounds(app: FastAPI) -> None:
-    """Write exact integer bounds into /openapi.json.
+def _complete_schema(app: FastAPI, *, has_keys: bool) -> None:
+    """Write exact integer bounds into /openapi.json, and which routes need a key.
 
     FastAPI stores bounds as floats: 2^63 would become 9.223372036854776e+18, which is larger.
     """
@@ -189,11 +189,24 @@ def _write_exact_bounds(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             app.openapi_schema = _exact(original())
+            if has_keys:
+                _document_keys(app.openapi_schema)
         schema = app.openapi_schema
         assert schema is not None
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation does
+
+
+def _document_keys(schema: dict[str, Any]) -> None:
+    """Add the bearer token, which the middleware checks, to the schema of each keyed route."""
+    schema["components"]["securitySchemes"] = {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
+    for module in _KEYED:
+        for route in module.router.routes:
+            if isinstance(route, APIRoute) and route.include_in_schema:
+                for method in route.methods or ():
+                    operation = schema["paths"][route.path_format][method.lower()]
+                    operation["security"] = [{"HTTPBearer": []}]
 
 
 def _exact(value: Any) -> Any:

@@ -9,7 +9,7 @@ from tests.server.parallel.conftest import ask_all, check_same
 from tests.server.parallel.test_parity import put_all
 from tests.vectors.conftest import serving
 
-pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.nightly]
 
 DEMOS = Path(loraplex_adapter_store.__file__).parent / "demos"
 LIMITS = {"kv_memory_bytes": 64 << 20, "adapter_memory_bytes": 128 << 20, "max_model_len": 256}

@@ -128,13 +128,14 @@ _SETTINGS = settings(
 )
 
 
-@settings(_SETTINGS, max_examples=8)
+@settings(_SETTINGS, max_examples=10)
 @given(_steps)
 def test_each_tenant_sees_what_it_would_see_alone(houses: Houses, steps: list[Step]) -> None:
     houses.walk(steps)
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @settings(_SETTINGS, max_examples=80, derandomize=False)
 @given(_steps)
 def test_each_tenant_sees_what_it_would_see_alone_on_long_walks(

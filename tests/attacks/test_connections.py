@@ -36,6 +36,7 @@ def test_a_head_that_is_too_large_is_told_so(server: ServerProcess) -> None:
     assert answer.json()["error"]["code"] == "head_too_large"
 
 
+@pytest.mark.nightly
 def test_connections_that_say_no_more_are_closed(server: ServerProcess) -> None:
     beginnings = (
         b"",

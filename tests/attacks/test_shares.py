@@ -39,6 +39,7 @@ def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neighbours]
         yield both
 
 
+@pytest.mark.nightly
 @broken_only_if_each_time
 def test_texts_of_one_tenant_for_the_encoder_go_between_those_of_another(
     neighbours: Neighbours, pulled_encoder: Path
@@ -57,6 +58,7 @@ def test_texts_of_one_tenant_for_the_encoder_go_between_those_of_another(
     check_below(waited(flood, lambda: embed(neighbours.small, "one text")), 0.15)
 
 
+@pytest.mark.nightly
 @broken_only_if_each_time
 def test_choices_of_adapters_for_one_tenant_go_between_those_for_another(
     neighbours: Neighbours, pulled_encoder: Path
@@ -85,6 +87,7 @@ def test_an_upload_does_not_wait_for_another_tenants(neighbours: Neighbours) -> 
     check_below(waited(flood, lambda: neighbours.small.put("mine", folder)), 0.4)
 
 
+@pytest.mark.nightly
 @broken_only_if_each_time
 def test_a_chat_of_one_tenant_does_not_wait_for_templates_of_another(
     neighbours: Neighbours,

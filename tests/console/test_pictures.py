@@ -18,7 +18,7 @@ from tests.console.pictures import (
 )
 from tests.support.servers.server_process import ServerProcess
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 TOLERATED = 0.06  # share of pixels; other fonts and times of answers
 
 

@@ -99,12 +99,13 @@ def server_with_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subjec
     yield from subject(folder, "--api-key", KEY, headers=headers)
 
 
+@pytest.mark.nightly
 def test_every_answer_is_as_documented(open_server: Subject) -> None:
     open_server.run("--phases", "examples,coverage")
 
 
 def test_every_answer_is_as_documented_behind_a_key(server_with_key: Subject) -> None:
-    # Each phase asks once: the same requests with a key, too, would cost much and show little.
+    # The other phases run at night, without a key: each phase asks once.
     server_with_key.run("--max-examples", "5", "--phases", "fuzzing,stateful")
 
 

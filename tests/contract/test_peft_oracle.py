@@ -91,7 +91,9 @@ class _Oracle:
         return output[0, len(prompt) :].tolist(), torch.log_softmax(logits.float(), -1)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
+@pytest.fixture(
+    scope="module", params=["llama", pytest.param("qwen2", marks=pytest.mark.nightly), "gpt2"]
+)
 def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> _Oracle:
     adapters = _GPT2 if request.param == "gpt2" else _LLAMA
     return _Oracle(tiny_model(request.param), tmp_path_factory.mktemp(request.param), adapters)

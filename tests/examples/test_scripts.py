@@ -141,6 +141,7 @@ def test_encoder_classifiers(pulled_encoder: Path, tmp_path: Path) -> None:
     assert sum(int(share) for _, share in shares) >= 150, printed  # a guess would be 100
 
 
+@pytest.mark.nightly
 def test_rl_loop(tmp_path: Path) -> None:
     """The loop takes the same steps on a tiny base, in seconds."""
     tiny = save_tiny_model(tmp_path / "tiny")

@@ -80,7 +80,7 @@ def _source(world: World, seed: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    "error", ["SQLITE_FULL", pytest.param("SQLITE_IOERR_WRITE", marks=pytest.mark.slow)]
+    "error", ["SQLITE_FULL", pytest.param("SQLITE_IOERR_WRITE", marks=pytest.mark.nightly)]
 )
 @pytest.mark.parametrize("act", [_put_new, _replace, _delete, _pin, _generate, _source_job])
 async def test_any_failed_statement_changes_nothing_or_all(

@@ -32,7 +32,10 @@ def _no_space() -> OSError:
     [
         _put_new,
         _delete,
-        *(pytest.param(act, marks=pytest.mark.slow) for act in (_replace, _generate, _source_job)),
+        *(
+            pytest.param(act, marks=pytest.mark.nightly)
+            for act in (_replace, _generate, _source_job)
+        ),
     ],
 )
 async def test_any_failed_file_operation_fails_its_request_alone(

@@ -116,7 +116,9 @@ def test_the_card_tells_how_the_adapter_was_made(config: TrainingConfig) -> None
     assert card["training"]["shape"]["rank"] == 4
 
 
-@pytest.mark.parametrize("step", [1, 7, 18, 23])
+@pytest.mark.parametrize(
+    "step", [7, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 18, 23))]
+)
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     config: TrainingConfig, tmp_path: Path, step: int
 ) -> None:

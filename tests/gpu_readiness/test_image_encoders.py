@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from loraplex_adapter_store.plan import AdapterPlan, Family, ModulePlan, PoolingMode
-from loraplex_kernels.layers import packed_linear
 from loraplex_server.engine.requests.pooling import Pooling
 from loraplex_server.model.encoder.image_encoder import ImageEncoder
 from loraplex_server.model.encoder.image_layouts import IMAGE_ENCODERS
 from tests.support.bases.tiny_image_encoders import TWO_TOWERS, tiny_image_encoder
-from tests.support.gpu.meta_engine import Wish, meta_engine
+from tests.support.gpu.meta_engine import Wish, hold_weights_as_on_a_gpu, meta_engine
 
 _EMBEDDING = Pooling(PoolingMode.CLS)
 
@@ -19,7 +18,7 @@ def test_a_step_of_images_and_texts_runs_on_a_gpu(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(packed_linear, "dtype_code", lambda _: None)
+        hold_weights_as_on_a_gpu(patch)
         model = tiny_image_encoder(model_type).to(torch.bfloat16)
         encoder = ImageEncoder(model, "tiny", image_size=(32, 32), self_check=False)
     plan, image = _lora(encoder), torch.zeros(3, 32, 32)

@@ -16,7 +16,6 @@ from torch import Tensor
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_kernels.formats.layout import DeviceSegments
 from loraplex_kernels.formats.quantized_weight import WeightFormat
-from loraplex_kernels.layers import packed_linear, quantized_linear
 from loraplex_kernels.lora.segments import build_segments
 from loraplex_kernels.triton.group_rows import allocate_segments
 from loraplex_server.engine.memory.memory_plan import PoolLimits
@@ -30,7 +29,7 @@ from tests.gpu_readiness.test_steps import LAUNCHES, LORA, MODEL, SHORT, decode_
 from tests.support.adapters.routed_plans import lora_plan, mixlora_plan
 from tests.support.bases.architectures import tiny_model
 from tests.support.gpu.meta_device import META, meta_gpu
-from tests.support.gpu.meta_engine import Run, Wish, meta_engine, on_meta
+from tests.support.gpu.meta_engine import Run, Wish, hold_weights_as_on_a_gpu, meta_engine, on_meta
 
 SIZE = 2
 MIXLORA = mixlora_plan(MODEL, n_experts=4, top_k=2, rank=4, seed=3)
@@ -102,8 +101,7 @@ def rank_of(
     group = _Group(checkpoint.layout)
     own = checkpoint.load(rank, dtype=torch.bfloat16, device=torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (packed_linear, quantized_linear):
-            patch.setattr(module, "dtype_code", lambda _: None)
+        hold_weights_as_on_a_gpu(patch)
         shard = Shard(checkpoint.layout, rank, group, group if rank == 0 else None)
         return BaseModel(own, "tiny", self_check=False, shard=shard), group
 

@@ -81,6 +81,7 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
     ("POST", "/classify"): _selector("/classify", {"input": "hi"}, VECTORS),
     ("POST", "/score"): _selector("/score", PAIR),
     ("POST", "/v1/score"): _selector("/v1/score", PAIR),
+    ("POST", "/v1/classify/zero-shot"): "bases of images alone; reads its adapter as /classify",
     ("POST", "/rerank"): _selector("/rerank", RANK),
     ("POST", "/v1/rerank"): _selector("/v1/rerank", RANK),
     ("POST", "/v2/rerank"): _selector("/v2/rerank", RANK),

@@ -176,12 +176,17 @@ def base_on_host(
 ) -> BaseModel:
     """Build the model with values, which a server's start needs, and weights as on a GPU."""
     with monkeypatch.context() as patch:
-        patch.setattr(packed_linear, "dtype_code", lambda _: None)
-        patch.setattr(packing, "coded_linear", QuantizedLinear)
+        hold_weights_as_on_a_gpu(patch)
         own = copy.deepcopy(model).to(torch.bfloat16)
         if quantization is not None:
             quantize_linears(own, quantization, own.device)
         return BaseModel(own, "tiny", fuse=fuse, self_check=False)
+
+
+def hold_weights_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """Make linears that are packed on the host hold plain weights or codes, no native panels."""
+    patch.setattr(packed_linear, "dtype_code", lambda _: None)
+    patch.setattr(packing, "coded_linear", QuantizedLinear)
 
 
 def on_meta(base: _Base, device: torch.device = META) -> _Base:

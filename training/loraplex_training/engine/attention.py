@@ -55,7 +55,7 @@ def _attend(
             enable_gqa=heads != kv_heads,
         )
         return out.transpose(1, 2).reshape(n * rows.q_len, heads, v.shape[2])
-    # On a CPU, torch's flash attention takes three times as long for texts of some ten tokens.
+    # Torch's flash attention takes three times as long on a CPU for texts of some ten tokens.
     shared = heads // kv_heads  # query heads of a key head
     qs = qs.view(n, rows.q_len, kv_heads, shared, -1).permute(0, 2, 3, 1, 4)
     qs = qs.reshape(n * kv_heads, shared * rows.q_len, -1)
@@ -84,7 +84,7 @@ def _gather(x: Tensor, rows: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of a tensor. Their gradients are summed in float32, faster than in bfloat16."""
+    """Selects rows. Gradients are summed in float32, which is faster than in bfloat16."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:

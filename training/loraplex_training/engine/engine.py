@@ -35,7 +35,7 @@ class Outcome:
     logprobs: list[Tensor] = field(default_factory=list)
     """Log-probabilities of each datum's targets, float32 [n] on the CPU; 0 without a loss."""
     right: list[bool] = field(default_factory=list)
-    """One flag a datum: True if greedy decoding gives all of its targets that have a loss."""
+    """A flag is True if greedy decoding gives all targets of its datum that have a loss."""
     n_right: int = 0  # targets with a loss that greedy decoding gives
 
 

@@ -55,7 +55,7 @@ class BaseWeights(Protocol):
 
 
 class _Held:
-    """What the attention modules see of a batch."""
+    """Holds what the attention modules see of a batch."""
 
     batch: PackedBatch
     prefix: Tensor | None = None  # of all adapters [n, layers, 2, kv heads, head_dim]

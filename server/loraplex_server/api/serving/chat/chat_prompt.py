@@ -69,7 +69,7 @@ class AdapterChat:
         tenant: str,
         limits: ImageLimits = ImageLimits(),  # noqa: B008  frozen value
     ) -> None:
-        """Raises ApiError (400) for tools that no template can show, and for images in vain."""
+        """Raises ApiError (400) for tools or images that the base cannot show or read."""
         self.defaults = defaults_of(resolved)
         self._prompt, self._text, self._tenant = prompt, text, tenant
         self._limits = limits

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from loraplex_server.errors import ApiError
 from loraplex_server.images import ImageLimits
+from loraplex_server.tenant_shares import TenantThreads
 from loraplex_server.text.image_prompts import ImagePrompts
 from loraplex_server.text.text_pipeline import TextPipeline
 from tests.support.bases.tiny_vision import made_image, png, save_tiny_vision
@@ -25,11 +26,14 @@ def test_images_beyond_the_context_are_refused_before_the_next_is_read(path: Pat
     sources = [png(made_image(1)), png(made_image(2)), "no image, and never read"]
 
     async def read() -> None:
-        text = TextPipeline(tokenizer, max_model_len=20, images=ImagePrompts.of(path))
+        threads = TenantThreads("images", 1, 1)
+        images = ImagePrompts.of(path)
+        text = TextPipeline(tokenizer, max_model_len=20, images=images, image_threads=threads)
         try:
             await text.read_images(sources, ImageLimits(), tenant="")
         finally:
             await text.close()
+            threads.close()
 
     with pytest.raises(ApiError, match="the first 2 images take 32 tokens") as refused:
         asyncio.run(read())

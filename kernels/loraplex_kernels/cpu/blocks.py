@@ -10,8 +10,8 @@ from .functions import bind
 from .native import library
 
 IN_BLOCKS = 2  # added to the address of such panels
-_PANEL = 32  # outputs
-_BLOCK = 32  # inputs
+PANEL = 32  # outputs side by side, as in csrc/layers/linear.inc
+BLOCK = 32  # inputs that share a scale
 _LINE_BYTES = 64
 
 
@@ -26,7 +26,7 @@ def takes_blocks(format: int, in_features: int) -> bool:
     """Return True if native code multiplies by rows of this format here."""
     return (
         library() is not None
-        and in_features % _BLOCK == 0
+        and in_features % BLOCK == 0
         and bind("block_panel_bytes", keep_gil=True)(format, in_features) > 0
     )
 
@@ -39,7 +39,7 @@ def pack_blocks(parts: Sequence[BlockRows], in_features: int) -> Tensor:
     panel_bytes = [
         int(bind("block_panel_bytes", keep_gil=True)(part.format, in_features)) for part in parts
     ]
-    n_panels = [-(-part.rows.shape[0] // _PANEL) for part in parts]
+    n_panels = [-(-part.rows.shape[0] // PANEL) for part in parts]
     first = -(-(sum(n_panels) + 1) * 8 // _LINE_BYTES) * _LINE_BYTES
     n_bytes = first + sum(n * size for n, size in zip(n_panels, panel_bytes, strict=True))
     packed = _lines(n_bytes)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from loraplex_kernels.formats.quantized_weight import QuantizedWeight, WeightFormat
 
+from .blocks import BLOCK
 from .gguf_weight import BLOCK_TYPES, GgufWeight
 
-_BLOCK = 32  # inputs that share a scale
 _Q4_0, _Q4_1, _Q8_0 = 2, 3, 8  # numbers of types
 
 
@@ -19,8 +19,8 @@ def as_blocks(weight: QuantizedWeight) -> GgufWeight | None:
     int8 becomes Q8_0, int4 becomes Q4_0, and int4 with zeros Q4_1. In bfloat16 and float16, whose
     weights are rounded anyway, a scale may be rounded by 2⁻¹¹ of it, in float32 not at all.
     """
-    groups_fit = weight.scales.shape[1] == 1 or weight.group_size % _BLOCK == 0
-    if weight.format is WeightFormat.FP8 or weight.in_features % _BLOCK or not groups_fit:
+    groups_fit = weight.scales.shape[1] == 1 or weight.group_size % BLOCK == 0
+    if weight.format is WeightFormat.FP8 or weight.in_features % BLOCK or not groups_fit:
         return None
     scales = _of_blocks(weight, weight.scales.float())
     halves = [scales.half()]
@@ -32,7 +32,7 @@ def as_blocks(weight: QuantizedWeight) -> GgufWeight | None:
         is_near &= (halves[1] - offset).abs() <= 15 * limit  # an offset is up to 15 scales
     if not bool(is_near.all()):
         return None
-    codes = weight.single_codes().view(torch.uint8).view(*scales.shape, _BLOCK)
+    codes = weight.single_codes().view(torch.uint8).view(*scales.shape, BLOCK)
     if weight.format is WeightFormat.INT8:
         return _blocks(_Q8_0, [*halves, codes], weight.dtype)
     low, high = codes.chunk(2, dim=2)
@@ -42,8 +42,8 @@ def as_blocks(weight: QuantizedWeight) -> GgufWeight | None:
 
 def _of_blocks(weight: QuantizedWeight, of_groups: Tensor) -> Tensor:
     """Expand [n_out, n_groups] to each block: [n_out, n_blocks]."""
-    n_blocks = weight.in_features // _BLOCK
-    return of_groups[:, torch.arange(n_blocks) * _BLOCK // weight.group_size]
+    n_blocks = weight.in_features // BLOCK
+    return of_groups[:, torch.arange(n_blocks) * BLOCK // weight.group_size]
 
 
 def _blocks(number: int, parts: Sequence[Tensor], dtype: torch.dtype) -> GgufWeight:

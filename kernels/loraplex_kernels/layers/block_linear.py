@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loraplex_kernels.cpu.blocks import (
     IN_BLOCKS,
+    PANEL,
     BlockRows,
     pack_blocks,
     read_blocks,
@@ -18,7 +19,7 @@ from loraplex_kernels.cpu.gguf_weight import GgufWeight
 from loraplex_kernels.cpu.model_ops import dtype_code
 
 from .base_linear import BaseLinear, part_of, stack_biases
-from .native_product import PANEL, NativeProduct, pad_panels
+from .native_product import NativeProduct, pad_panels
 from .packed_linear import PackedLinear
 
 

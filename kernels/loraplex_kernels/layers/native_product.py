@@ -7,12 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraplex_kernels.cpu.blocks import PANEL
 from loraplex_kernels.cpu.lora import NativeWeights
 from loraplex_kernels.cpu.model_ops import dtype_code, native_ops
 
 _LIGHT_BYTES = 8 << 20  # weights that take less than a fifth of a millisecond to read
 _LIGHT_PRODUCTS = 1 << 26
-PANEL = 32  # outputs side by side, as in csrc/layers/linear.inc
 
 
 class NativeProduct:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from loraplex_kernels.cpu.blocks import PANEL
 from loraplex_kernels.cpu.exponent_coding import (
     EXPONENT_CODED,
     coded_starts,
@@ -20,7 +21,7 @@ from loraplex_kernels.cpu.model_ops import dtype_code
 from loraplex_kernels.formats.storage import WeightRange
 
 from .base_linear import BaseLinear, part_of, stack_biases
-from .native_product import PANEL, NativeProduct, pad_panels
+from .native_product import NativeProduct, pad_panels
 
 _TEMPORARY_BYTES = 8 << 20  # panels that are packed at once: this much, or
 _TEMPORARY_SHARE = 50  # a fiftieth of all weights

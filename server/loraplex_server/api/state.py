@@ -132,6 +132,7 @@ class AppState:
             vocab_size=model.vocab_size,
             max_model_len=engine.max_model_len,
             images=model.images,
+            image_threads=self.pools.images,
         )
         self.grammars = Grammars(
             self.text.backend, vocab_size=self.text.vocab_size, eos_token_ids=engine.eos_token_ids

@@ -100,7 +100,7 @@ def build_engine(
     dtype = dtype_of(config.dtype)
     workers: ShardWorkers | None = None
     if layout_of(model_path) is not None:
-        _check_vision_options(config, name)
+        _refuse_cuts_and_codes(config, name, "a vision-language model")
     if config.tensor_parallel_size > 1:
         sharded = _run_in_temp_thread(
             lambda: build_sharded(model_path, name, config, dtype=dtype, device=device), device
@@ -132,11 +132,11 @@ def build_engine(
     return BuiltEngine(engine, tokenizer, spec, name, device, weights, model.max_positions)
 
 
-def _check_vision_options(config: EngineConfig, name: str) -> None:
-    """Raises ValueError for options that vision-language models are not served with."""
+def _refuse_cuts_and_codes(config: EngineConfig, name: str, kind: str) -> None:
+    """Raises ValueError for options that a base of this kind is not served with."""
     if config.tensor_parallel_size > 1 or config.quantization != "none":
         raise ValueError(
-            f"{name} is a vision-language model: it is served whole and unquantised; leave "
+            f"{name} is {kind}: it is served whole and unquantised; leave "
             "--tensor-parallel-size and --quantization out"
         )
 
@@ -145,12 +145,8 @@ def _build_encoder(
     config: EngineConfig, path: Path, name: str, kind: Modality, device: torch.device
 ) -> BuiltEngine:
     """Build the engine of an encoder. Raises ValueError for options of decoders alone."""
-    if config.tensor_parallel_size > 1 or config.quantization != "none":
-        article = "a" if kind is Modality.TEXT else "an"
-        raise ValueError(
-            f"{name} is {article} {kind.value} encoder: it is served whole and unquantised; leave "
-            "--tensor-parallel-size and --quantization out"
-        )
+    article = "a" if kind is Modality.TEXT else "an"
+    _refuse_cuts_and_codes(config, name, f"{article} {kind.value} encoder")
     dtype, self_check = dtype_of(config.dtype), config.self_check
     processor = ImageProcessor.load(path) if kind is Modality.IMAGE else None
 

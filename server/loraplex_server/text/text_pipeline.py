@@ -49,10 +49,12 @@ class TextPipeline:
         vocab_size: int | None = None,
         max_model_len: int | None = None,
         images: ImagePrompts | None = None,
+        image_threads: TenantThreads | None = None,
     ) -> None:
         """``vocab_size``: width of the logits, and the limit of ids. ``max_model_len``: texts that
         are too long for this many tokens, whatever their content, are refused unread. ``images``:
-        the processor of a vision-language base, whose chat template wins.
+        the processor of a vision-language base, whose chat template wins. It runs on
+        ``image_threads``.
         """
         self.images = images
         if images is not None and images.chat_template is not None:
@@ -75,7 +77,7 @@ class TextPipeline:
         self._threads = TenantThreads(
             "text", _N_THREADS, _N_THREADS - 1, initializer=lower_priority
         )
-        self._image_threads = TenantThreads("images", 2, 1, initializer=lower_priority)
+        self._image_threads = image_threads
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
@@ -199,8 +201,9 @@ class TextPipeline:
         Raises ApiError: 400 for more than the context holds, 429 if the tenant's queue is full,
         503 if other images take all memory.
         """
-        processor = self.images
+        processor, threads = self.images, self._image_threads
         assert processor is not None, "the base sees no images"
+        assert threads is not None
 
         def read(source: str) -> ReadImage | ImageRefused:
             try:
@@ -211,7 +214,7 @@ class TextPipeline:
         images: list[ReadImage | ImageRefused] = []
         n_tokens = 0
         for source in sources:
-            images.append(await self._image_threads.run(tenant, partial(read, source)))
+            images.append(await threads.run(tenant, partial(read, source)))
             if isinstance(images[-1], ImageRefused):
                 break
             n_tokens += images[-1].text.count(processor.token)
@@ -264,7 +267,6 @@ class TextPipeline:
     async def close(self) -> None:
         await self._templates.close()
         self._threads.close()
-        self._image_threads.close()
 
     def _check_reads_texts(self, param: str) -> None:
         if not self.vocab_size:

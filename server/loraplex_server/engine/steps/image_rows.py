@@ -26,8 +26,8 @@ class ImageRows:
 
     def __init__(self, trunk: ImageTrunk, adapters: AdapterRows) -> None:
         self._trunk, self._adapters = trunk, adapters
-        # By the digests of image and adapter, and by the tenant's salt, so that no tenant can tell
-        # by the time whether another one sent an image. The last used are at the end.
+        # The keys are the digests of image and adapter, and the tenant's salt: the time tells no
+        # tenant whether another one sent an image. The last used are at the end.
         self._features: OrderedDict[tuple[bytes, str, str], Tensor] = OrderedDict()
         self._n_bytes = 0
 
@@ -39,8 +39,11 @@ class ImageRows:
         ``rows``: of each chunk.
         """
         for chunk, of_chunk in zip(chunks, rows, strict=True):
+            first_position = chunk.start - chunk.request.n_virtual
             for image in chunk.request.source.images:
-                positions = np.array(image.positions) + chunk.request.n_virtual - chunk.start
+                if image.positions[-1] < first_position:
+                    continue  # as in every step that writes the answer
+                positions = np.array(image.positions) - first_position
                 first, end = np.searchsorted(positions, (0, chunk.n_tokens))
                 if first < end:
                     features = self._features_of(image, chunk)

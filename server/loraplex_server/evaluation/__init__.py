@@ -1,1 +1,1 @@
-"""Compares the answers of adapters with expected ones, for ``loraplex eval``."""
+"""Compares the answers of adapters with expected ones, for ``loraplex eval`` and jobs."""

@@ -33,7 +33,7 @@ def json_equal(answer: str, expected: str) -> float:
     """Return 1 if the texts are equal JSON, but for the order of keys and the case of texts."""
     try:
         return float(_folded(json.loads(answer)) == _folded(json.loads(expected)))
-    except ValueError:
+    except (ValueError, RecursionError):
         return 0.0
 
 
@@ -77,7 +77,7 @@ def mean_of(scores: Sequence[float]) -> Mean:
 def _is_json(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict | list)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters.fine_tuning.answer_scores import AnswerScorer
 from loraplex_server.adapters.fine_tuning.training import Training
 from loraplex_server.adapters.learning.background_share import BackgroundShare
 from loraplex_server.adapters.learning.generated_adapters import GeneratedAdapters
@@ -33,6 +34,7 @@ from tests.support.adapters.lora_files import write_lora
 from tests.support.bases.architectures import tiny_model
 from tests.support.bases.word_encoder import WordEncoder
 from tests.support.scripted_generator import ScriptedGenerator
+from tests.support.servers.fake_engine import FakeEngine
 
 KEYS = {
     "operator": 'scope = "admin"\noperator = true',
@@ -145,6 +147,7 @@ def open_house(
     folder.mkdir(exist_ok=True)
     http = HttpConfig(api_keys=parse_keys(keys_file(quotas or {})))
     with ExitStack() as closing:
+        engine = FakeEngine(tokenizer.backend_tokenizer)
 
         def parts(store: AdapterStore) -> dict[str, object]:
             generated = GeneratedAdapters(store, lambda: ScriptedGenerator(spec), quota=2)
@@ -161,6 +164,7 @@ def open_house(
                 thread,
                 pools.jobs,
                 tokenizer,
+                AnswerScorer(engine, store, tokenizer, pools.jobs, base_name="tiny"),
                 base_name="tiny",
                 max_len=256,
                 max_budget_s=0.001,  # so that each job fails at once
@@ -173,7 +177,9 @@ def open_house(
                 "pools": pools,
             }
 
-        front = make_front(tokenizer, spec, folder, http, with_store=parts, **options)
+        front = make_front(
+            tokenizer, spec, folder, http, with_store=parts, engine=engine, **options
+        )
         closing.callback(front.close)
         sources = [write_lora(front.root / f"source-{n}", spec, seed=n) for n in range(3)]
         yield House(front, sources)

@@ -2316,6 +2316,7 @@ export interface components {
             error: components["schemas"]["TuningError"] | null;
             /** Estimated Finish */
             estimated_finish: number | null;
+            evaluation: components["schemas"]["TrainingEvaluation"] | null;
             /** Fine Tuned Model */
             fine_tuned_model: string | null;
             /** Finished At */
@@ -2678,6 +2679,7 @@ export interface components {
         JobTraining: {
             /** Base Validation Loss */
             base_validation_loss: number | null;
+            evaluation: components["schemas"]["TrainingEvaluation"] | null;
             /** Loss */
             loss: number | null;
             /** N Examples */
@@ -3826,6 +3828,8 @@ export interface components {
              * @default 0.001
              */
             lr: number;
+            /** Metric */
+            metric?: ("exact" | "contains" | "json" | "rouge-l") | null;
             /** Name */
             name: string;
             prefix?: components["schemas"]["TrainingPrefix"] | null;
@@ -3882,6 +3886,24 @@ export interface components {
             tools: {
                 [key: string]: components["schemas"]["JsonValue"];
             }[];
+        };
+        /**
+         * TrainingEvaluation
+         * @description The mean scores of the answers of the base (before) and of the result (after), 0 to 1.
+         */
+        TrainingEvaluation: {
+            /** Error */
+            error?: string | null;
+            /** Gain */
+            gain?: number[] | null;
+            /** Metric */
+            metric: string;
+            /** N Answers */
+            n_answers?: number | null;
+            /** Score After */
+            score_after?: number | null;
+            /** Score Before */
+            score_before?: number | null;
         };
         /**
          * TrainingExperts
@@ -3953,6 +3975,8 @@ export interface components {
                 [key: string]: string;
             } | null;
             method?: components["schemas"]["TuningMethod"] | null;
+            /** Metric */
+            metric?: ("exact" | "contains" | "json" | "rouge-l") | null;
             /** Model */
             model: string;
             prefix?: components["schemas"]["TrainingPrefix"] | null;

@@ -33,6 +33,7 @@ from loraplex_training.engine.engine import BATCH_TOKENS
 from loraplex_training.errors import ExamplesError, TrainingError
 from loraplex_training.examples import Chat, held_out
 
+from .answer_scores import AnswerScorer, Evaluation
 from .results import store_result
 from .samples import Sample, TrainingData, first_prompts, n_tokens, sample_of
 from .training_lines import TrainingLine
@@ -59,6 +60,7 @@ class TrainingRequest:
     lr: float
     seed: int
     replace: bool  # an existing name gets a new revision
+    metric: str | None = None  # scores answers of the base and the adapter; a key of ``METRICS``
 
 
 class Training:
@@ -71,6 +73,7 @@ class Training:
         thread: TrainingThread,
         workers: TenantThreads,
         tokenizer: PreTrainedTokenizerBase,
+        scorer: AnswerScorer,
         *,
         base_name: str,
         max_len: int,
@@ -78,7 +81,7 @@ class Training:
     ) -> None:
         """``workers`` tokenise and store. ``max_len``: tokens of the base's context."""
         self._store, self._jobs, self._thread, self._workers = store, jobs, thread, workers
-        self._tokenizer, self._base_name = tokenizer, base_name
+        self._tokenizer, self._scorer, self._base_name = tokenizer, scorer, base_name
         self._max_len = min(max_len, _MAX_LEN)
         self._max_budget_s = max_budget_s
         self._turns = TenantShares("adapters to train", _AT_ONCE, 1)
@@ -151,9 +154,12 @@ class Training:
             "validating the base take longer; raise budget_s"
         )
 
-        def check() -> None:
+        def check_stop() -> None:
             if stop.is_set():
                 raise JobCancelled
+
+        def check() -> None:
+            check_stop()
             if time.monotonic() > deadline:
                 raise out_of_time
 
@@ -165,17 +171,24 @@ class Training:
         async for report in run.steps(max(1, request.steps // _N_VALIDATIONS), deadline):
             _show(job, run)
             job.tell("training", report.step / request.steps)
-            if stop.is_set():
-                raise JobCancelled
+            check_stop()
         if run.progress.step == 0:
             raise out_of_time
         _show(job, run)
+        evaluation: Evaluation | None = None
+        if request.metric is not None:
+            job.tell("evaluating", 1.0)
+            evaluation = await self._scorer.evaluation(
+                run, request.metric, access, check_stop, torch.float16
+            )
+            _show(job, run, evaluation)
         job.tell("storing", 1.0)
+        record = _record(request, budget_s, run, evaluation)
         options = PutOptions(
             replace=request.replace,
             description=request.description,
             examples=data.prompts,
-            provenance={"source": "trained", "training": _record(request, budget_s, run)},
+            provenance={"source": "trained", "training": record},
             quota=access.quota,
         )
         names = [request.name]
@@ -221,12 +234,15 @@ def _plan(request: TrainingRequest, data: TrainingData) -> TuningPlan:
     )
 
 
-def _show(job: Job, run: TuningRun) -> None:
+def _show(job: Job, run: TuningRun, evaluation: Evaluation | None = None) -> None:
     assert job.training is not None
-    job.training = {**run.shown, "n_examples": job.training["n_examples"]}
+    n_examples = job.training["n_examples"]
+    job.training = {**run.shown, "n_examples": n_examples, "evaluation": evaluation}
 
 
-def _record(request: TrainingRequest, budget_s: float, run: TuningRun) -> dict[str, JsonValue]:
+def _record(
+    request: TrainingRequest, budget_s: float, run: TuningRun, evaluation: Evaluation | None
+) -> dict[str, JsonValue]:
     """Return how the adapter was made, for its card."""
     progress = run.progress
     losses = {
@@ -242,4 +258,5 @@ def _record(request: TrainingRequest, budget_s: float, run: TuningRun) -> dict[s
         "stopped_by": run.stopped_by,
         "best_step": progress.best_step,
         **{name: None if loss is None else round(loss, 4) for name, loss in losses.items()},
+        **({} if evaluation is None else {"evaluation": evaluation}),
     }

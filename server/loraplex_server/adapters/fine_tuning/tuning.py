@@ -103,6 +103,7 @@ def shown_progress(
         "base_validation_loss": rounded(progress.base_loss),
         "tokens_per_s": round(progress.n_tokens / progress.seconds, 1) if progress.step else None,
         "stopped_by": stopped_by,
+        "evaluation": None,
     }
 
 
@@ -122,10 +123,10 @@ class TuningRun:
         self.valid: Validation | None = None  # the last evaluation
         self.stopped_by: Literal["steps", "time"] | None = None  # None: before the end
         self._thread, self._data, self._samples = thread, data, data.samples
-        self._judged = first(data.held_out or data.samples, _JUDGED_TOKENS)
+        self.judged = first(data.held_out or data.samples, _JUDGED_TOKENS)
         self._order = SampleOrder(len(data.samples), plan.batch_size, plan.seed)
         self._references = torch.zeros(len(data.samples))
-        self._judged_references = torch.zeros(len(self._judged))
+        self._judged_references = torch.zeros(len(self.judged))
         self._best: dict[str, Tensor] = {}
         self._began, self._first_step = time.monotonic(), 0
         self._before_s = 0.0  # of the runs that the checkpoint comes from
@@ -187,7 +188,7 @@ class TuningRun:
         base = LearningAdapter(lora_shape(plan.shape), {})
         if plan.method == "dpo":
             for_all = await self._scored(self._samples, base, check)
-            judged = await self._scored(self._judged, base, check)
+            judged = await self._scored(self.judged, base, check)
             self._references = _margins(for_all.sums)
             self._judged_references = _margins(judged.sums)
         before = await self._judge(base, check)
@@ -260,17 +261,17 @@ class TuningRun:
         self, adapter: LearningAdapter, check: Callable[[], None] = lambda: None
     ) -> Validation:
         began = time.monotonic()
-        scored = await self._scored(self._judged, adapter, check)
+        scored = await self._scored(self.judged, adapter, check)
         self._judging_s = time.monotonic() - began
         if self.plan.method == "dpo":
             references = self._judged_references
-            loss = self._preferences(self._judged, scored.sums, references)[0].loss
+            loss = self._preferences(self.judged, scored.sums, references)[0].loss
             return Validation(loss, None, None)
-        n = sum(float(datum.weights.sum()) for (datum,) in self._judged)
-        n_tokens = sum(datum.n_answers for (datum,) in self._judged)
+        n = sum(float(datum.weights.sum()) for (datum,) in self.judged)
+        n_tokens = sum(datum.n_answers for (datum,) in self.judged)
         return Validation(
             -sum(total for (total,) in scored.sums) / n,
-            scored.n_exact / len(self._judged),
+            scored.n_exact / len(self.judged),
             scored.n_right / n_tokens,
         )
 
@@ -346,7 +347,7 @@ class TuningRun:
     def _fingerprint(self) -> str:
         """The digest of all that the result depends on. Reads all samples once."""
         digest = sha256(orjson.dumps(asdict(self.plan)))
-        for sample in (*self._samples, *self._judged):
+        for sample in (*self._samples, *self.judged):
             for datum in sample:
                 digest.update(datum.tokens.numpy().tobytes() + datum.weights.numpy().tobytes())
         return digest.hexdigest()

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from loraplex_adapter_store.report import JsonValue
 from loraplex_server.adapters.fine_tuning.training_lines import Method
 from loraplex_server.api.request_info import BatchCaller
 from loraplex_server.errors import ApiError
@@ -48,6 +49,8 @@ class TuningJob:
     shape: Mapping[str, object]  # ``AdapterShape.settings()``
     adapter: str | None = None  # a further stored name for the result
     metadata: Mapping[str, str] | None = None
+    metric: str | None = None  # scores answers of the base and the result; a key of ``METRICS``
+    evaluation: Mapping[str, JsonValue] | None = None  # by ``metric``, once the job has succeeded
     finished: int | None = None
     estimated_finish: int | None = None
     error: Mapping[str, str | None] | None = None
@@ -76,6 +79,7 @@ class TuningJob:
             "metadata": self.metadata,
             "error": self.error,
             "integrations": [],
+            "evaluation": self.evaluation,
         }
 
     def _when_done(self, value: object) -> object:

@@ -24,6 +24,7 @@ from loraplex_adapter_store.names.card import AdapterCard
 from loraplex_adapter_store.names.put_options import PutOptions
 from loraplex_adapter_store.report import JsonValue
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters.fine_tuning.answer_scores import AnswerScorer, Evaluation
 from loraplex_server.adapters.fine_tuning.results import store_result
 from loraplex_server.adapters.fine_tuning.samples import (
     Sample,
@@ -87,12 +88,14 @@ class FineTuning:
         *,
         thread: TenantThreads,
         workers: TenantThreads,
+        scorer: AnswerScorer,
         access_of: Callable[[BatchCaller], AdapterAccess | None],
     ) -> None:
         """``access_of`` returns None if the API key no longer exists."""
         self.store, self.base = store, base
         self._adapters, self._jobs, self._trainer = adapters, jobs, trainer
         self._thread, self._workers, self._access_of = thread, workers, access_of
+        self._scorer = scorer
         self._turns = TenantShares("fine-tuning jobs", _AT_ONCE, _OF_TENANT)
         self._running: dict[str, tuple[Job, asyncio.Event]] = {}  # the event asks to stop
 
@@ -359,9 +362,15 @@ class FineTuning:
             check()
         check()
         shown.training = run.shown
+        scores: Evaluation | None = None
+        if job.metric is not None:
+            shown.tell("evaluating", 1.0)
+            scores = await self._scorer.evaluation(run, job.metric, access, check)
+            await self._event(job, _told(scores), level="warn" if "error" in scores else "info")
+            shown.training = {**run.shown, "evaluation": scores}
         shown.tell("storing", 1.0)
-        card = await self._store_result(job, access, run, data)
-        await self.do(tenant, lambda: self.store.finish(job))
+        card = await self._store_result(job, access, run, data, scores)
+        await self.do(tenant, lambda: self.store.finish(job, scores))
         return card
 
     async def _tell(
@@ -415,7 +424,12 @@ class FineTuning:
                 await self._workers.run(job.caller.tenant, delete)
 
     async def _store_result(
-        self, job: TuningJob, access: AdapterAccess, run: TuningRun, data: TrainingData
+        self,
+        job: TuningJob,
+        access: AdapterAccess,
+        run: TuningRun,
+        data: TrainingData,
+        scores: Evaluation | None,
     ) -> AdapterCard:
         """Store the adapter under its names. Raises StoreError; then no name has changed."""
         progress, after = run.progress, run.valid
@@ -437,12 +451,14 @@ class FineTuning:
                 "loss_after": None if after is None else round(after.loss, 6),
                 "exact_before": progress.base_exact,
                 "exact_after": None if after is None else after.exact,
+                **(scores or {}),
             },
         }
         names = [access.own(job.fine_tuned_model), *([job.adapter] if job.adapter else [])]
         provenance: dict[str, JsonValue] = {"source": "fine-tuned", "training": training}
         card = await self._put(job, access, run, names, provenance, data.prompts)
-        await self._keep(job, access, job.fine_tuned_model, progress.step, history[-1])
+        metrics = {**history[-1], **(scores or {})}
+        await self._keep(job, access, job.fine_tuned_model, progress.step, metrics)
         return card
 
     async def _put(
@@ -485,6 +501,15 @@ class FineTuning:
                 return from_store(error, param="adapter", access=access)
         _log.error("%s failed", job.id, exc_info=error, extra=log_extra(error))
         return from_unexpected(error, job.id)
+
+
+def _told(scores: Evaluation) -> str:
+    if "error" in scores:
+        return f"The answers are not scored: {scores['error']}"
+    return (
+        f"{scores['metric']} of {scores['n_answers']} answers: {scores['score_before']} before, "
+        f"{scores['score_after']} after"
+    )
 
 
 def _of_validation(valid: Validation) -> dict[str, object]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 
+from loraplex_adapter_store.report import JsonValue
 from loraplex_server.api.batches.batch_store import BatchStore
 from loraplex_server.api.batches.batch_tables import insert_file, json_text, page, row_by_id
 from loraplex_server.api.batches.records import FileRecord
@@ -211,7 +212,7 @@ class TuningStore:
                 db.execute("DELETE FROM fine_tuning_checkpoint WHERE id = ?", (row["id"],))
             return [row["name"] for row in old]
 
-    def finish(self, job: TuningJob) -> TuningJob:
+    def finish(self, job: TuningJob, evaluation: Mapping[str, JsonValue] | None) -> TuningJob:
         """Write the file of metrics and end the job. Raises ApiError (409) if it was stopped."""
         lines = [",".join(_METRICS)]
         for data in self.metrics(job.id):
@@ -226,6 +227,7 @@ class TuningStore:
             "The job has successfully completed",
             sources=(TuningStatus.RUNNING,),
             results=results,
+            evaluation=evaluation,
         )
 
     def n_bytes(self, tenant: str) -> int:

@@ -13,7 +13,7 @@ from loraplex_adapter_store.names.selector import (
 from loraplex_server.adapters.adding.card_file import MAX_CARD_EXAMPLES, MAX_CARD_TEXT
 
 from .body import Body, Few, JsonObject
-from .training_shape import TrainingShape
+from .training_shape import TrainingEvaluation, TrainingShape
 
 _CardText = Annotated[str, Field(max_length=MAX_CARD_TEXT)]
 MAX_CHATS = 10_000  # examples of one training
@@ -248,6 +248,7 @@ class JobTraining(BaseModel):
     base_validation_loss: float | None  # of the base on the same examples
     tokens_per_s: float | None
     stopped_by: Literal["steps", "time"] | None  # null: not at its end
+    evaluation: TrainingEvaluation | None  # null: without ``metric``, or not at its end
 
 
 class JobShown(BaseModel):

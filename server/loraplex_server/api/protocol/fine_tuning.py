@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from .body import Body, JsonList, Metadata, Name
-from .training_shape import TrainingShape
+from .training_shape import TrainingEvaluation, TrainingShape
 
 Auto = Literal["auto"]
 
@@ -87,6 +87,7 @@ class FineTuningJob(BaseModel):
     metadata: dict[str, str] | None
     error: TuningError | None
     integrations: list[JsonValue]
+    evaluation: TrainingEvaluation | None  # null: without ``metric``, or until the job succeeds
 
 
 class TuningEvent(BaseModel):

@@ -1,6 +1,6 @@
-"""The fields of requests that train: the family, the recipe and the size of the adapter."""
+"""The fields of requests that train: the adapter's family, recipe and size, and its metric."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,3 +41,16 @@ class TrainingShape(BaseModel):
     experts: TrainingExperts | None = None
     blocks: TrainingBlocks | None = None
     prefix: TrainingPrefix | None = None
+    metric: Literal["exact", "contains", "json", "rouge-l"] | None = None
+    """Scores the answers of the base and of the result, as `loraplex eval` does."""
+
+
+class TrainingEvaluation(BaseModel):
+    """The mean scores of the answers of the base (before) and of the result (after), 0 to 1."""
+
+    metric: str
+    n_answers: int | None = None
+    score_before: float | None = None
+    score_after: float | None = None
+    gain: list[float] | None = None  # mean difference, and the ends of its 95 % interval
+    error: str | None = None  # set in place of the scores if there were no answers

@@ -68,6 +68,12 @@ async def create_job(body: TuningBody, request: Request, access: Access, state: 
             "unsupported_parameter",
         )
     method, hyperparameters = _method(body)
+    if body.metric is not None and method != "supervised":
+        raise invalid(
+            f"metric scores answers of supervised jobs, and this job's method is {method!r}; leave "
+            "out metric, the steps of dpo show train_accuracy",
+            "metric",
+        )
     shape = requested_shape(body, state.config.engine.max_lora_rank)
     for param in ("training_file", "validation_file"):
         if (file_id := getattr(body, param)) is not None:
@@ -89,6 +95,7 @@ async def create_job(body: TuningBody, request: Request, access: Access, state: 
         fine_tuned_model=f"ft:{base}:{body.suffix or ''}:{id[:10]}",
         adapter=adapter,
         metadata=body.metadata,
+        metric=body.metric,
         shape=shape.settings(),
     )
     return ORJSONResponse((await tuning.create(job)).to_json())

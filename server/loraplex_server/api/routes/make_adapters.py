@@ -148,6 +148,7 @@ async def train_adapter(body: TrainAdapterBody, access: Access, state: State) ->
         lr=body.lr,
         seed=body.seed,
         replace=body.replace,
+        metric=body.metric,
     )
     return job_response(await state.makers.training.start(order, access))
 

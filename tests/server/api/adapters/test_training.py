@@ -131,6 +131,7 @@ def test_training_without_cores_for_it_stops_the_start() -> None:
         ({"budget_s": 301}, 400, "budget_s"),
         ({"lr": 0}, 400, "lr"),
         ({"epochs": 3}, 400, "epochs"),
+        ({"metric": "bleu"}, 400, "metric"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_and_names_the_field(
@@ -207,7 +208,7 @@ def test_examples_that_do_not_fit_fail_the_job_and_change_nothing(acme: httpx.Cl
 def test_what_was_trained_is_served_and_peft_finds_it_better_than_the_base(
     acme: httpx.Client, tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    states = list(_events(acme, _order(acme, description="Says AB.")))
+    states = list(_events(acme, _order(acme, description="Says AB.", metric="contains")))
     steps = [state["training"] for state in states if state["training"]["step"]]
     assert states[-1]["status"] == "succeeded", states[-1]
     assert (steps[-1]["step"], steps[-1]["n_steps"], steps[-1]["stopped_by"]) == (40, 40, "steps")
@@ -219,6 +220,10 @@ def test_what_was_trained_is_served_and_peft_finds_it_better_than_the_base(
     assert (card["description"], card["ranks"]) == ("Says AB.", [4])
     told = card["provenance"]["training"]
     assert (told["n_examples"], told["n_validation"]) == (22, 2)
+    scores = states[-1]["training"]["evaluation"]
+    assert scores == told["evaluation"]
+    assert (scores["metric"], scores["n_answers"], scores["score_before"]) == ("contains", 2, 0.0)
+    assert scores["score_after"] == scores["gain"][0] > 0
     files = files_of(card["digest"], tmp_path_factory.getbasetemp())
     base = AutoModelForCausalLM.from_pretrained(tiny)
     alone = _losses(base, tiny)

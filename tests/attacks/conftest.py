@@ -77,23 +77,28 @@ def bystander(url: str, path: str = "/health", key: str = "") -> Iterator[Bystan
 
 
 @contextmanager
-def stream(url: str, adapter: str | None = None) -> Iterator[list[float]]:
+def stream(
+    url: str, adapter: str | None = None, key: str = "", max_tokens: int = 3000
+) -> Iterator[list[float]]:
     """A stream of many tokens that began before the block. Yields the gaps in it, in seconds.
 
     It is read until it ends or the block does.
     """
     body = {
         "prompt": "Once upon a time",
-        "max_tokens": 3000,
+        "max_tokens": max_tokens,
         "stream": True,
         "ignore_eos": True,
         "adapter": adapter,
     }
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     gaps: list[float] = []
     began, stop = threading.Event(), threading.Event()
 
     def read() -> None:
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60
+        ) as answer:
             assert answer.status_code == 200
             last = time.monotonic()
             for line in answer.iter_lines():

@@ -1,7 +1,7 @@
 """Adapters through the admin API: upload, warm, delete, and churn under load."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -9,11 +9,21 @@ import httpx
 _FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
 
 
-def upload_adapter(client: httpx.Client, name: str, folder: Path, *, replace: bool = False) -> None:
-    """Upload as multipart. Raises RuntimeError, also if the name is taken without ``replace``."""
+def upload_adapter(
+    client: httpx.Client,
+    name: str,
+    folder: Path,
+    *,
+    replace: bool = False,
+    params: Mapping[str, int] | None = None,
+) -> None:
+    """Upload as multipart. Raises RuntimeError, also if the name is taken without ``replace``.
+
+    ``params``: of the query.
+    """
     files = {field: (file, (folder / file).read_bytes()) for field, file in _FILES.items()}
     headers = {} if replace else {"If-None-Match": "*"}
-    response = client.put(f"/v1/adapters/{name}", files=files, headers=headers)
+    response = client.put(f"/v1/adapters/{name}", files=files, headers=headers, params=params)
     if response.status_code == 412:
         raise RuntimeError(
             f"the server has an adapter {name} already, which this would replace and remove; "

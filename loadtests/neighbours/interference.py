@@ -117,7 +117,7 @@ def measure(
 class Streams:
     """Clients that decode without a pause until ``stop``."""
 
-    def __init__(self, url: str, adapter: str, max_tokens: int) -> None:
+    def __init__(self, url: str, adapter: str, max_tokens: int, api_key: str | None = None) -> None:
         self._body = {
             "model": adapter,
             "stream": True,
@@ -125,7 +125,7 @@ class Streams:
             "max_tokens": max_tokens,
             "ignore_eos": True,
         }
-        self._client = StreamingClient(url)
+        self._client = StreamingClient(url, api_key)
         self._stopping = threading.Event()
         self._outcomes: list[Outcome] = []
         self._threads = [

@@ -11,6 +11,7 @@ import pytest
 
 from loadtests.admin import delete_adapter, upload_adapter
 from loadtests.client import admin_client
+from loadtests.neighbours import pushes
 from loadtests.neighbours.interference import measure
 from loadtests.random_adapters import write_lora
 from loadtests.server_metrics import MetricsSampler
@@ -216,6 +217,20 @@ def test_gaps_between_tokens_are_told_apart_by_what_happened_meanwhile(
         assert isinstance(gaps, dict)
         assert gaps["n"] > 0
         assert gaps["p50"] > 0
+
+
+@pytest.mark.nightly
+def test_gaps_beside_pushed_weights_are_compared_with_gaps_alone(
+    model: Path, tmp_path: Path
+) -> None:
+    folders = [write_lora(model, tmp_path / f"a{seed}", rank=2, seed=seed) for seed in range(4)]
+    system = Loraplex({**TINY, "keys": pushes.write_keys(tmp_path / "keys.toml")})
+    with started(system, model, [], tmp_path) as target:
+        found = pushes.measure(target, folders, n_rounds=1, turn_s=5.0, max_tokens=100)
+    assert found["pushes"] == 4
+    for gaps in (found["gap_ms_alone"], found["gap_ms_beside_pushes"]):
+        assert gaps["n"] > 100  # type: ignore[index]
+    assert found["p99_ratio"] > 0  # type: ignore[operator]
 
 
 def test_a_base_that_is_not_on_this_machine_is_an_error_in_one_line(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ _ALLOWED = {
     },
     "loraplex_router": {"loraplex_adapter_store", "loraplex_kernels"},
     "loraplex_generation": {"loraplex_adapter_store", "loraplex_training"},
-    "loraplex_training": {"loraplex_adapter_store"},
+    "loraplex_training": {"loraplex_adapter_store", "loraplex_kernels"},
     "loraplex_adapter_store": set[str](),
     "loraplex_kernels": set[str](),
 }

@@ -1,6 +1,6 @@
 """Kernels compile ahead of time for sm_80, sm_90 and sm_100, without spills or excess."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 import pytest
@@ -14,6 +14,8 @@ from loraplex_kernels.triton.group_rows import build_device_segments
 from loraplex_kernels.triton.launch_choices import expand_choice, shrink_choice
 from loraplex_kernels.triton.lora import lora_apply_triton
 from loraplex_kernels.triton.sampling import sample_tokens_triton
+from loraplex_training.engine.device_lora import DeviceProduct
+from loraplex_training.engine.segmented_lora import GroupedLinear, Segment
 from tests.support.gpu.compiled_kernels import (
     CompiledLaunch,
     NamedLaunch,
@@ -31,6 +33,7 @@ MATRIX_KERNELS = {
     "expand_gate_kernel",
     "expand_kernel",
     "expand_routed_kernel",
+    "factor_gradients_kernel",
     "matmul_kernel",
     "quantized_linear_kernel",
     "shrink_kernel",
@@ -153,6 +156,24 @@ def test_a_step_never_looks_at_data_on_the_host(k: int) -> None:
         logits = torch.empty(24, 128_256, device=meta)
         sample_tokens_triton(logits, empty_batch(24, 128_256, meta))
     assert len(launches) == 3
+
+
+def test_a_step_of_training_never_looks_at_data_on_the_host() -> None:
+    meta, outputs = torch.device("meta"), (4096, 1024, 1024)
+    weights = torch.empty(sum(outputs), 4096, device=meta, dtype=torch.bfloat16)
+    names = ("q", "k", "v")
+    group = GroupedLinear(names, outputs, lambda: weights, None, lambda: None, DeviceProduct)
+    group.segments = [Segment(0, 300, 2.0, (0, 1, 2)), Segment(300, 1024, 1.0, (2,))]
+    for rank, members in ((8, (0, 1, 2)), (32, (2,))):
+        for i in members:
+            for shape in ((rank, 4096), (outputs[i], rank)):
+                group.factors.append(torch.empty(shape, device=meta, requires_grad=True))
+    x = torch.empty(1024, 4096, device=meta, dtype=torch.bfloat16, requires_grad=True)
+    with record_launches() as launches:
+        sum(group.output(i, x).sum() for i in range(3)).backward()  # type: ignore[union-attr]
+    kernels = Counter(launch.kernel.rpartition(":")[2] for launch in launches)
+    assert kernels == {"shrink_kernel": 4, "expand_kernel": 4, "factor_gradients_kernel": 6}
+    assert all(factor.grad is not None for factor in group.factors)
 
 
 def test_sampling_32_rows_takes_less_than_300_us_by_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The launches of every kernel for the shapes of known models, recorded from the launchers."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -12,6 +13,7 @@ from loraplex_kernels.formats.layout import PAGE_RANK, LoraTables, LoraTarget
 from loraplex_kernels.formats.quantized_weight import QuantizedWeight, WeightFormat
 from loraplex_kernels.formats.sampling_batch import empty_batch
 from loraplex_kernels.triton.attention import max_head_dim, paged_attention_triton
+from loraplex_kernels.triton.factor_gradients import lora_factor_gradients
 from loraplex_kernels.triton.group_rows import allocate_segments, fill_device_segments
 from loraplex_kernels.triton.kv_cache import rope_and_cache_triton, write_kv_triton
 from loraplex_kernels.triton.lora import lora_apply_triton
@@ -108,6 +110,8 @@ def _other_calls(dtype: str) -> Calls:
                 yield f"grouping, {n_rows} rows, {k} a row", partial(_group_rows, n_rows, k)
     yield "Llama-3.1-8B qkv, 64 rows", partial(_multiply, 64, 4096, 6144, kind)
     yield "41 → 401, 64 rows", partial(_multiply, 64, 41, 401, kind, has_bias=True)
+    for width in (401, 4096, 14336):
+        yield f"gradients of factors, width {width}", partial(_factor_gradients, width, kind)
     for hidden_size, intermediate_size, name in _WIDTHS:
         yield f"{name}, norm", partial(_norm, hidden_size, kind)
         yield f"{name}, gate", partial(_gate, intermediate_size, kind)
@@ -147,6 +151,17 @@ def _wide_attention(dtype: str, capability: int) -> Calls:
             kind = _DTYPES[dtype]
             call = partial(_attend, 2048, kind, window=None, capability=capability, **sizes)
             yield f"{name}, 2048 rows, widest tile", call
+
+
+def _factor_gradients(width: int, dtype: torch.dtype) -> None:
+    pages = torch.empty(8, 4, dtype=torch.int64)
+    ranks, out = torch.empty(8, dtype=torch.int32), torch.empty(64)
+    segments = replace(
+        allocate_segments(1024, 1, _CPU, has_weights=False, n_slots=8),
+        indptr=torch.empty(9, dtype=torch.int32),
+    )
+    planes, z = torch.empty(4, 1024, PAGE_RANK), torch.empty(1024, width, dtype=dtype)
+    lora_factor_gradients(planes, z, ranks, pages, segments, out=out)
 
 
 def _group_rows(n_rows: int, k: int) -> None:

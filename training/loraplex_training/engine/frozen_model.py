@@ -95,11 +95,12 @@ class FrozenModel:
         """The linears that adapters may have: name → (in, out) features."""
         self._groups = []
         self._weights, self._cache = weights, WeightCache(dtype)
+        product = _fast_product(self.device)
         for names, sizes in weights.groups.items():
             bias = weights.bias(names)
             bias = None if bias is None else bias.to(self.device, dtype)
             read = self._cache.reader(weights.linear(names))
-            group = GroupedLinear(names, sizes, read, bias, rest)
+            group = GroupedLinear(names, sizes, read, bias, rest, product)
             self._groups.append(group)
             for i, (name, n_out) in enumerate(zip(names, sizes, strict=True)):
                 self.linears[name] = _in_features(self._model.get_submodule(name)), n_out
@@ -253,6 +254,14 @@ def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.eval().requires_grad_(False)
+
+
+def _fast_product(device: torch.device) -> type[torch.autograd.Function] | None:
+    if device.type == "cpu":
+        return None
+    from .device_lora import DeviceProduct
+
+    return DeviceProduct
 
 
 def _in_features(module: nn.Module) -> int:

@@ -70,10 +70,15 @@ class GroupedLinear:
         read: Callable[[], Tensor],
         bias: Tensor | None,
         rest: Callable[[], None],
+        fast_product: type[torch.autograd.Function] | None = None,
     ) -> None:
-        """``read`` returns the weights [Σ out, in]. ``rest`` is called every few milliseconds."""
+        """``read`` returns the weights [Σ out, in]. ``rest`` is called every few milliseconds.
+
+        ``fast_product`` takes the place of ``TorchProduct`` for adapters without dropout and gains.
+        """
         self.names, self.out_features = tuple(names), tuple(out_features)
         self.read, self.bias, self.rest = read, bias, rest
+        self._fast_product = fast_product
         ends = [sum(out_features[: i + 1]) for i in range(len(out_features))]
         self.parts = [slice(end - n, end) for end, n in zip(ends, out_features, strict=True)]
         self.segments: list[Segment] = []
@@ -85,7 +90,7 @@ class GroupedLinear:
         """Return the output of linear ``index`` for ``x`` [..., in], with all members at once."""
         if self._input is not x or self._outputs[index] is None:
             rows = x.reshape(-1, x.shape[-1])
-            y: Tensor = _Product.apply(rows, self, *self.factors)  # type: ignore[no-untyped-call]
+            y: Tensor = self._function.apply(rows, self, *self.factors)  # type: ignore[no-untyped-call]
             parts = torch.split(y.view(*x.shape[:-1], -1), list(self.out_features), -1)
             self._input, self._outputs = x, list(parts)
         out, self._outputs[index] = self._outputs[index], None
@@ -93,6 +98,13 @@ class GroupedLinear:
         if all(each is None for each in self._outputs):
             self._input = None
         return out
+
+    @property
+    def _function(self) -> type[torch.autograd.Function]:
+        is_plain = all(each.dropout is None and not each.has_gains for each in self.segments)
+        if self._fast_product is not None and self.segments and is_plain:
+            return self._fast_product
+        return TorchProduct
 
 
 class LinearOfGroup(nn.Module):
@@ -106,7 +118,9 @@ class LinearOfGroup(nn.Module):
         return self._group.output(self._index, x)
 
 
-class _Product(torch.autograd.Function):
+class TorchProduct(torch.autograd.Function):
+    """``apply(x, group, *factors)`` returns the outputs [T, Σ out] of all linears of a group."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: GroupedLinear, *factors: Tensor) -> Tensor:
         y = in_pieces(x, group.read().t(), group.rest)

@@ -19,26 +19,22 @@ Intervals resample categories of tasks (a clustered bootstrap), since tasks of o
 """
 
 import argparse
-import importlib.util
 import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-Pair = tuple[str, str]
-Metric = Callable[[str, str], float]
-_N_RESAMPLES = 2000
+from .asking import Metric, Pair, load_metrics, mean_score, means, replies, turn
 
 
 def main() -> None:
     options = _options()
-    metrics = _metrics(options.data / "score.py")
+    metrics = load_metrics(options.data)
     results: dict[str, Any] = {"began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
     results.update(budget_s=options.budget, rows=options.rows, draw=options.draw)
     kept = json.loads(options.out.read_text())["tasks"] if options.again else {}
@@ -55,37 +51,11 @@ def main() -> None:
             scores = kept.get(task["name"], {})
             tasks[task["name"]] = _scores(client, task, metrics[task["metric"]], options, scores)
             print(task["name"], json.dumps(tasks[task["name"]]), flush=True)
-            results["means"] = _means(tasks, categories)
+            results["means"] = means(tasks, categories)
             options.out.write_text(json.dumps(results, indent=1) + "\n")
     for arm, mean in results["means"].items():
         low, high = mean["interval"]
         print(f"{arm:10} {mean['mean']:.3f} ({low:.3f} to {high:.3f}), {mean['tasks']} tasks")
-
-
-def _means(
-    tasks: dict[str, dict[str, float]], categories: dict[str, str]
-) -> dict[str, dict[str, Any]]:
-    """Return of each arm the mean over tasks, and the 95 % interval over categories."""
-    means: dict[str, dict[str, Any]] = {}
-    rng = random.Random(0)
-    for arm in dict.fromkeys(arm for task in tasks.values() for arm in task):
-        groups: dict[str, list[float]] = {}
-        for name, scores in tasks.items():
-            if arm in scores:
-                groups.setdefault(categories[name], []).append(scores[arm])
-        of_arm = [score for group in groups.values() for score in group]
-        drawn = []
-        for _ in range(_N_RESAMPLES):
-            some = [s for g in rng.choices(list(groups.values()), k=len(groups)) for s in g]
-            drawn.append(sum(some) / len(some))
-        drawn.sort()
-        cut = _N_RESAMPLES // 40
-        means[arm] = {
-            "mean": round(sum(of_arm) / len(of_arm), 3),
-            "interval": [round(drawn[cut], 3), round(drawn[-1 - cut], 3)],
-            "tasks": len(of_arm),
-        }
-    return means
 
 
 def _scores(
@@ -103,21 +73,16 @@ def _scores(
     rows: list[Pair] = list(map(tuple, task["test"]))[: options.rows]
     sentence = task["descriptions"][0]
 
-    def answers(body: dict[str, Any], head: Sequence[dict[str, str]] = ()) -> list[str]:
-        with ThreadPoolExecutor(8) as at_once:
-            return list(at_once.map(lambda row: _reply(client, body, head, row[0]), rows))
-
     def mean(replies: Sequence[str], metric: Metric = metric) -> float:
-        pairs = zip(replies, rows, strict=True)
-        return round(sum(metric(reply, row[1]) for reply, row in pairs) / len(rows), 3)
+        return mean_score(replies, rows, metric)
 
     def score(body: dict[str, Any], head: Sequence[dict[str, str]] = ()) -> float:
-        return mean(answers(body, head))
+        return mean(replies(client, body, rows, head))
 
     scores = dict(kept)
     if not scores:
         ((commonest, _),) = Counter(answer for _, answer in train).most_common(1)
-        of_sentence = answers({"adapter": {"description": sentence}})
+        of_sentence = replies(client, {"adapter": {"description": sentence}}, rows)
         scores = {
             "constant": mean([commonest] * len(rows)),
             "base": score({}),
@@ -127,7 +92,7 @@ def _scores(
         if task["metric"] == "json_exact":
             scores["keys"] = mean(of_sentence, lambda reply, _: _has_named_keys(reply, sentence))
     for k in options.pairs:
-        head = [message for pair in train[:k] for message in _turn(*pair)]
+        head = [message for pair in train[:k] for message in turn(*pair)]
         head[0]["content"] = f"{sentence}\n{head[0]['content']}"
         if k <= 16 and f"turns {k}" not in scores:
             scores[f"turns {k}"] = score({}, head)
@@ -146,7 +111,7 @@ def _scores(
             scores[f"learnt {k}"] = scores[f"turns {min(k, 16)}"]  # which answer a chat
         if options.train:
             system = {"role": "system", "content": sentence}
-            chats = [{"messages": [system, *_turn(prompt, answer)]} for prompt, answer in train[:k]]
+            chats = [{"messages": [system, *turn(prompt, answer)]} for prompt, answer in train[:k]]
             _train(client, name, chats, budget_s)
             scores[f"train {k}"] = score({"adapter": name}, [system])
             client.delete(f"/v1/adapters/{name}")
@@ -163,10 +128,6 @@ def _train(
             pass
 
 
-def _turn(prompt: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-
-
 def _has_named_keys(reply: str, sentence: str) -> float:
     """Return 1 if the reply is a JSON object, or a list of them, whose keys the sentence names."""
     try:
@@ -177,27 +138,6 @@ def _has_named_keys(reply: str, sentence: str) -> float:
     if not all(isinstance(each, dict) for each in objects):
         return 0.0
     return float(all(key in sentence for each in objects for key in each))
-
-
-def _reply(
-    client: httpx.Client, body: dict[str, Any], head: Sequence[dict[str, str]], prompt: str
-) -> str:
-    chat = {**body, "messages": [*head, {"role": "user", "content": prompt}]}
-    answer = client.post("/v1/chat/completions", json={**chat, "temperature": 0, "max_tokens": 64})
-    if answer.status_code == 400:  # the turns do not fit
-        return ""
-    text: str = answer.raise_for_status().json()["choices"][0]["message"]["content"]
-    return text.strip()
-
-
-def _metrics(path: Path) -> dict[str, Metric]:
-    spec = importlib.util.spec_from_file_location("score", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    metrics: dict[str, Metric] = module.METRICS
-    return metrics
 
 
 def _options() -> argparse.Namespace:

@@ -1,0 +1,1 @@
+"""Training recipes and families beside each other on natural tasks, at equal time."""

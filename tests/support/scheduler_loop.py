@@ -1,5 +1,6 @@
 """A scheduler in a loop of steps, with a real KV cache and a "model" that always says 1."""
 
+import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -71,6 +72,7 @@ class SchedulerLoop:
         n_slots: int = 1000,
         kv_token_bytes: int = 16,
         seconds_of: Callable[[Sequence[ScheduledChunk]], float] | None = None,
+        max_gap_s: float = math.inf,
     ) -> None:
         """``seconds_of``: what a step takes, for the scheduler's estimate; None: it learns none."""
         self.kv = KvCache(
@@ -96,6 +98,7 @@ class SchedulerLoop:
             StepCost(kv_token_bytes),
             max_batch_size=max_batch,
             max_step_tokens=max_step,
+            max_gap_s=max_gap_s,
         )
 
     def add(

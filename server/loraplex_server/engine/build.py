@@ -247,6 +247,7 @@ def _assemble(
         StepCost(kv_cache.token_bytes),
         max_batch_size=limits.max_batch_size,
         max_step_tokens=limits.max_step_tokens,
+        max_gap_s=limits.max_gap_s,
     )
     settings = LoopSettings(
         max_model_len=max_model_len,

@@ -1,5 +1,6 @@
 """Defaults that differ between CPUs and GPUs."""
 
+import math
 import os
 from typing import NamedTuple
 
@@ -19,9 +20,10 @@ class StepLimits(NamedTuple):
     max_batch_size: int  # requests
     max_step_tokens: int
     max_loras: int  # slots on the device
+    max_gap_s: float = math.inf  # between tokens of a row, beside prompts of the same tenant
 
 
-_OF_A_CPU = StepLimits(64, 128, 64)
+_OF_A_CPU = StepLimits(64, 128, 64, 0.1)
 _OF_A_GPU = StepLimits(256, 2048, 512)
 _ENCODER_ON_A_CPU = StepLimits(64, 1024, 64)
 _ENCODER_ON_A_GPU = StepLimits(256, 16384, 512)
@@ -47,6 +49,7 @@ def _limits(config: EngineConfig, own: StepLimits) -> StepLimits:
         config.max_batch_size or own.max_batch_size,
         config.max_step_tokens or own.max_step_tokens,
         config.max_loras or own.max_loras,
+        own.max_gap_s,
     )
 
 

@@ -1,5 +1,6 @@
 """Steps of several tenants are composed by their estimated seconds; the clock is simulated."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,13 +38,14 @@ class _Device:
         return seconds
 
 
-def _loop(device: _Device = _Device()) -> SchedulerLoop:
+def _loop(device: _Device = _Device(), max_gap_s: float = math.inf) -> SchedulerLoop:
     return SchedulerLoop(
         n_pages=64 * 64,
         max_batch=64,
         max_step=128,
         kv_token_bytes=_KV_TOKEN_BYTES,
         seconds_of=device.seconds_of,
+        max_gap_s=max_gap_s,
     )
 
 
@@ -61,6 +63,29 @@ def test_a_lone_tenant_gets_all_its_rows_in_every_step() -> None:
     for _ in range(20):
         assert len(loop.step()) == 60
     assert _Device().seconds_of(loop.chunks) > 0.3
+
+
+def test_prompts_of_a_lone_tenant_leave_its_rows_short_gaps() -> None:
+    device = _Device(token_s=0.004)
+    times, n_tokens = [], 0
+    loop = _loop(device, max_gap_s=0.15)
+    loop.add("row", 4, 200)
+    for _ in range(5):
+        loop.step()
+    for index in range(8):
+        loop.add(f"p{index}", 200, 1)
+    while len(loop.scheduler.running) > 1 or len(loop.scheduler.waiting):
+        assert "row" in loop.step()
+        times.append(device.seconds_of(loop.chunks))
+        n_tokens += sum(chunk.n_tokens for chunk in loop.chunks) - 1
+    assert n_tokens >= 8 * 200
+    assert max(times) < 0.6  # the first steps, of which the estimate knows nothing
+    assert max(times[10:]) < 1.1 * 0.15
+    assert sum(times[10:]) / len(times[10:]) > 0.12  # no step is shorter than it need be
+    loop.scheduler.finish(loop.scheduler.running[0])
+    loop.add("prompt", 200, 1)
+    loop.step()
+    assert loop.chunks[0].n_tokens == 128  # nobody waits
 
 
 def test_a_flood_of_long_rows_leaves_a_stream_most_of_its_fair_share() -> None:

@@ -1,6 +1,7 @@
 """Chooses the tokens of the next step: running requests first, then new ones."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,7 @@ class Scheduler:
         max_batch_size: int,
         max_step_tokens: int,
         whole_prompts: bool = False,  # see ``StepBudget``
+        max_gap_s: float = math.inf,  # see ``step_budget``
     ) -> None:
         self.running: list[Request] = []  # by admission, oldest first
         self.waiting = WaitQueue(max_bypass=MAX_BYPASS)
@@ -119,7 +121,7 @@ class Scheduler:
         self._adapters = adapters
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
-        self._whole_prompts = whole_prompts
+        self._whole_prompts, self._max_gap_s = whole_prompts, max_gap_s
         self.n_fairness_preemptions = 0  # preemptions in favour of another tenant
         self._cost = cost
         self._n_steps = 0
@@ -146,7 +148,12 @@ class Scheduler:
         """Return the next step: its chunks, new admissions and requests that can never run."""
         self._n_steps += 1
         step = _Step(
-            StepBudget(self.max_step_tokens, self._cost, whole_prompts=self._whole_prompts)
+            StepBudget(
+                self.max_step_tokens,
+                self._cost,
+                whole_prompts=self._whole_prompts,
+                max_gap_s=self._max_gap_s,
+            )
         )
         if self.waiting.is_shared:
             self._divide(step.budget)

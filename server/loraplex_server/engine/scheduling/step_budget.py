@@ -8,6 +8,9 @@ weight. Rows beyond a tenant's share sit out the step.
 A tenant's first row and the first ``_MIN_CHUNK`` tokens of its first prompt may exceed its share,
 so that they can be computed at all. The excess is a debt: the tenant sits out the next steps until
 its shares have paid the debt. Debts are relative: at any time some tenant with work has none.
+
+A step of a lone tenant that decodes rows takes only so many tokens of prompts that the rows get
+their next tokens within ``max_gap_s``, or within ``_MAX_TIMES`` the seconds of their own step.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from .tenant_queue import TenantQueue
 _MAX_SHARED_S = 0.25  # of a step with several tenants
 _MAX_LONE_S = 1.0  # of a step with one tenant, since others may come
 _SLOWDOWN = 1.3  # of a tenant, relative to its fair share; 2 less room for errors of the estimate
+_MAX_TIMES = 3.0  # a prompt slows the rows of its own tenant down by this factor at most
 _MIN_CHUNK = 4  # tokens of a prompt
 _ROUNDING = 1e-9
 
@@ -49,13 +53,22 @@ class _Share:
 class StepBudget:
     """The rest of a step that is being composed."""
 
-    def __init__(self, n_tokens: int, cost: StepCost, *, whole_prompts: bool = False) -> None:
+    def __init__(
+        self,
+        n_tokens: int,
+        cost: StepCost,
+        *,
+        whole_prompts: bool = False,
+        max_gap_s: float = math.inf,
+    ) -> None:
         """``whole_prompts``: no prompt is divided; one that is longer gets a step of its own."""
         self.n_left = n_tokens
         self._whole_prompts, self._is_empty = whole_prompts, True
         self._n_tokens = n_tokens
         self._cost = cost
-        self._shares: dict[TenantQueue, _Share] = {}  # empty: seconds do not matter
+        self._shares: dict[TenantQueue, _Share] = {}  # empty: a lone tenant
+        self._max_gap_s = max_gap_s
+        self._rows_s, self._prompts_s = 0.0, 0.0  # taken by a lone tenant
 
     def want(self, tenant: TenantQueue, request: Request) -> None:
         """Adds a request to the step that the tenant would get alone. Decoding ones come first."""
@@ -113,6 +126,8 @@ class StepBudget:
         if share is not None and n_tokens:
             n_tokens = self._fitting(share, start, n_tokens)
             share.left_s -= self._cost.chunk_s(start, n_tokens)
+        elif share is None and not self._whole_prompts and n_tokens:
+            n_tokens = self._take_alone(start, n_tokens)
         self._is_empty = self._is_empty and n_tokens == 0
         self.n_left = max(0, self.n_left - n_tokens)
         return n_tokens
@@ -122,6 +137,22 @@ class StepBudget:
         self.n_left += n_tokens
         if tenant in self._shares:
             self._shares[tenant].left_s += self._cost.chunk_s(start, n_tokens)
+
+    def _take_alone(self, start: int, n_tokens: int) -> int:
+        """Return how many tokens fit beside the rows. A prompt that is cut ends the step."""
+        if n_tokens == 1:
+            self._rows_s += self._cost.chunk_s(start, 1)
+            return 1
+        if not self._rows_s:
+            return n_tokens
+        step_s = self._cost.fixed_s + self._rows_s
+        left_s = max(self._max_gap_s, _MAX_TIMES * step_s) - step_s - self._prompts_s
+        n_fitting = self._cost.n_fitting(start, n_tokens, left_s)
+        if n_fitting < n_tokens:
+            self.n_left = 0
+            n_fitting = max(n_fitting, 0 if self._prompts_s else min(_MIN_CHUNK, n_tokens))
+        self._prompts_s += self._cost.chunk_s(start, n_fitting)
+        return n_fitting
 
     def _wanted_by_weight(self, tenant: TenantQueue) -> float:
         return self._shares[tenant].wanted_s / tenant.share.weight

@@ -123,7 +123,7 @@ clients: venv $(CLIENTS)/.installed  # real clients against a real server; write
 	$(BIN)/python -m tests.clients $(CLIENTS) $(ONLY)
 
 $(CLIENTS)/.installed: pyproject.toml
-	for group in clients-openai-3 clients-openai-2 clients-open-webui; do \
+	for group in clients-openai-3 clients-openai-2 clients-open-webui clients-trl; do \
 		$(PYTHON) -m venv $(CLIENTS)/$$group && \
 		$(CLIENTS)/$$group/bin/python -m pip install --quiet --upgrade pip && \
 		$(CLIENTS)/$$group/bin/python -m pip install --quiet --group $$group || exit 1; \

@@ -20,6 +20,7 @@ _CLIENTS = {  # of each dependency group in pyproject.toml
     "clients-openai-3": ("openai", "anthropic", "langchain", "litellm", "llm", "pydantic_ai"),
     "clients-openai-2": ("openai", "llama_index"),
     "clients-open-webui": ("open_webui",),
+    "clients-trl": ("trl",),
 }
 _FLAGS = (
     *("--demos", "--dtype", "bfloat16"),
@@ -37,18 +38,27 @@ def main(environments: Path, arguments: list[str]) -> int:
     the page is written after each of them, marked as partial until the last one.
     """
     pull(DEFAULT_ENCODER)
+    base = pull(DEFAULT_BASE)
     statuses: list[int] = []
     missing = [f"{client} ({group})" for group, clients in _CLIENTS.items() for client in clients]
     with (
         tempfile.TemporaryDirectory(prefix="loraplex-clients-") as folder,
-        server_process(pull(DEFAULT_BASE), Path(folder) / "state", *_FLAGS) as server,
+        server_process(base, Path(folder) / "state", *_FLAGS) as server,
         ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
         print(f"the server is at {server.url}", flush=True)
         results = Path(folder) / "results.jsonl"
         running = {
             pool.submit(
-                _run, environments / group / "bin/python", client, arguments, server.url, results
+                _run,
+                environments / group / "bin/python",
+                client,
+                arguments,
+                {
+                    "LORAPLEX_CLIENTS_URL": server.url,
+                    "LORAPLEX_CLIENTS_BASE": str(base),
+                    "LORAPLEX_CLIENTS_RESULTS": str(results),
+                },
             ): f"{client} ({group})"
             for group, clients in _CLIENTS.items()
             for client in clients
@@ -69,12 +79,11 @@ def main(environments: Path, arguments: list[str]) -> int:
 
 
 def _run(
-    python: Path, client: str, arguments: list[str], url: str, results: Path
+    python: Path, client: str, arguments: list[str], server: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
     environment = {
         **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        "LORAPLEX_CLIENTS_URL": url,
-        "LORAPLEX_CLIENTS_RESULTS": str(results),
+        **server,
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else its import reads a web page
     }
     # what the clients warn about is not ours

@@ -69,7 +69,10 @@ def answer_of(server: ServerProcess, text: str, key: str, **fields: object) -> s
 def test_every_script_is_tested() -> None:
     scripts = {path.name for path in (ROOT / "examples").glob("*.py")}
     source = Path(__file__).read_text()
+    elsewhere = {"trl_grpo.py"}  # tests/clients, where TRL is installed
     assert {name for name in scripts if f'"{name}"' in source} == scripts
+    clients = (ROOT / "tests/clients/test_trl.py").read_text()
+    assert all(f'"{name}"' in clients for name in elsewhere)
     page = (ROOT / "docs/examples.md").read_text()
     assert set(re.findall(r"\((?:\.\./examples/)(\w+\.py)\)", page)) == scripts
 

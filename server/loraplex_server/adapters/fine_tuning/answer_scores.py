@@ -6,7 +6,7 @@ run ──► stored under a name of the server ──► both answer the rows �
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -119,7 +119,7 @@ class AnswerScorer:
                     part = rows[first : first + _AT_ONCE // 2]
                     asked = [(row, adapter) for row in part for adapter in (None, lease)]
                     ask = [self._answer(row, adapter, run.tenant) for row, adapter in asked]
-                    given = await asyncio.gather(*ask)
+                    given = await _all_of(ask)
                     answers += zip(given[::2], given[1::2], strict=True)
         finally:
             await self._workers.run(run.tenant, partial(self._store.start_delete, name))
@@ -162,3 +162,14 @@ class AnswerScorer:
             "score_after": round(sum(after) / len(rows), _DIGITS),
             "gain": [round(part, _DIGITS) for part in gain],
         }
+
+
+async def _all_of(asked: Sequence[Awaitable[Sequence[int]]]) -> list[Sequence[int]]:
+    """Return all answers. Raises the first error once none runs, since all need the lease."""
+    ended = await asyncio.gather(*asked, return_exceptions=True)
+    answers = list[Sequence[int]]()
+    for each in ended:
+        if isinstance(each, BaseException):
+            raise each
+        answers.append(each)
+    return answers

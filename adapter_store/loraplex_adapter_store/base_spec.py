@@ -182,6 +182,8 @@ def _readers(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             read.setdefault(f"{name}.weight", partial(getattr, module, "weight"))
+        for part, reader in getattr(module, "stacked_weights", {}).items():
+            read[f"{name}.{part}"] = reader
     return read
 
 

@@ -46,7 +46,7 @@ def served(tmp_path: Path) -> Path:
 
 def test_an_unknown_architecture_is_named_with_those_that_are_served(tmp_path: Path) -> None:
     path = written(tmp_path / "it.gguf", add_nothing, architecture="mamba")
-    with pytest.raises(ModelError, match=r"architecture 'mamba'; these .*llama, qwen2, qwen3"):
+    with pytest.raises(ModelError, match=r"architecture 'mamba'; these .*llama, .*qwen2, qwen3"):
         gguf_folder(path, tmp_path)
 
 

@@ -39,12 +39,15 @@ _ARCHITECTURES = {
     "qwen3": MODEL_ARCH.QWEN3,
     "smollm3": MODEL_ARCH.SMOLLM3,
     "granite": MODEL_ARCH.GRANITE,
+    "mixtral": MODEL_ARCH.LLAMA,
+    "qwen3_moe": MODEL_ARCH.QWEN3MOE,
+    "olmoe": MODEL_ARCH.OLMOE,
     "phi3": MODEL_ARCH.PHI3,
     "gemma": MODEL_ARCH.GEMMA,
     "gemma2": MODEL_ARCH.GEMMA2,
     "gemma3_text": MODEL_ARCH.GEMMA3,
 }
-_PAIRED = ("llama", "smollm3", "granite")  # llama.cpp's converter reorders their q and k
+_PAIRED = ("llama", "mixtral", "smollm3", "granite")  # llama.cpp's converter reorders their q and k
 _PLUS_ONE = ("gemma", "gemma2", "gemma3_text")
 _T = GGMLQuantizationType
 # Where the numbers d and m of a block stand, and about what they are for weights of about 1.
@@ -92,11 +95,14 @@ def save_as_gguf(
     _add_tokenizer(writer, tokenizer)
     tied = config.tie_word_embeddings
     for name, parameter in model.named_parameters():
+        if parameter.dim() == 3:
+            _add_experts(writer, name, parameter, names, type_of(name))
+            continue
         own = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert own is not None, name
         if tied and name == "lm_head.weight":
             continue
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 or ".mlp.gate." in name:  # a router keeps its values
             plus_one = config.model_type in _PLUS_ONE and name.endswith("norm.weight")
             value = parameter.data.float() + (1.0 if plus_one else 0.0)
             writer.add_tensor(own, _paired(config, name, value.numpy()))
@@ -109,6 +115,25 @@ def save_as_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_experts(
+    writer: GGUFWriter,
+    name: str,
+    parameter: torch.nn.Parameter,
+    names: Any,
+    type: GGMLQuantizationType,
+) -> None:
+    """Write the stacks of ``gate_up_proj`` and ``down_proj`` as llama.cpp's converter does."""
+    stem, _, last = name.rpartition(".")
+    parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+    stacks = parameter.data.chunk(len(parts), dim=1)
+    for part, stack in zip(parts, stacks, strict=True):
+        blocks = blocks_of(stack.reshape(-1, stack.shape[-1]), type)
+        stack.copy_(torch.from_numpy(dequantize(blocks, type)).view(stack.shape))
+        own = names.get_name(f"{stem}.{part}.weight", try_suffixes=(".weight",))
+        shaped = blocks.reshape(*stack.shape[:2], -1)
+        writer.add_tensor(own, shaped, raw_dtype=type)
 
 
 def _paired(config: Any, name: str, rows: NDArray[Any]) -> NDArray[Any]:
@@ -155,6 +180,14 @@ def _add_config(writer: GGUFWriter, config: Any) -> None:
     if config.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    n_experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if n_experts is not None:
+        writer.add_expert_count(n_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if (clip := getattr(config, "clip_qkv", None)) is not None:
+        writer.add_clamp_kqv(clip)
+    if config.model_type == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if config.model_type == "granite":
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)

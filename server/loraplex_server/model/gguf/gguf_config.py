@@ -52,7 +52,10 @@ def config_of(file: GgufFile) -> dict[str, Any]:
 
     Raises ModelError for an unknown architecture or missing values, by name.
     """
-    architecture = _ARCHITECTURES.get(file.architecture)
+    name = file.architecture
+    if name == "llama" and "blk.0.ffn_gate_inp.weight" in file.tensors:
+        name = _MIXTRAL
+    architecture = _ARCHITECTURES.get(name)
     if architecture is None:
         raise ModelError(
             f"{str(file.path)!r} has the architecture {file.architecture!r}; these are served from "
@@ -181,6 +184,32 @@ def _query_scalar(config: Mapping[str, Any], *, layers_of_27b: int) -> int:
     return int(config["head_dim"])
 
 
+def _mixtral(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_local_experts": data.get("expert_count"),
+        "num_experts_per_tok": data.get("expert_used_count"),
+        "sliding_window": None,
+    }
+
+
+def _qwen3moe(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": data.get("expert_count"),
+        "num_experts_per_tok": data.get("expert_used_count"),
+        "moe_intermediate_size": data.get("expert_feed_forward_length"),
+        "norm_topk_prob": True,  # as llama.cpp does, which has no number for it
+    }
+
+
+def _olmoe(data: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": data.get("expert_count"),
+        "num_experts_per_tok": data.get("expert_used_count"),
+        "norm_topk_prob": False,
+        "clip_qkv": data.real("attention.clamp_kqv", 0.0) or None,
+    }
+
+
 class _Architecture(NamedTuple):
     """The classes of an architecture in transformers, and the fields that it alone has."""
 
@@ -189,10 +218,14 @@ class _Architecture(NamedTuple):
     own_fields: Callable[[_Metadata, Mapping[str, Any]], dict[str, Any]]
 
 
+_MIXTRAL = "llama with experts"  # whose files have the architecture "llama"
 _ARCHITECTURES: Mapping[str, _Architecture] = {
     "llama": _Architecture("llama", "LlamaForCausalLM", _nothing),  # and Mistral, SmolLM2
+    _MIXTRAL: _Architecture("mixtral", "MixtralForCausalLM", _mixtral),
     "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", _nothing),
     "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM", _nothing),
+    "qwen3moe": _Architecture("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3moe),
+    "olmoe": _Architecture("olmoe", "OlmoeForCausalLM", _olmoe),
     "smollm3": _Architecture("smollm3", "SmolLM3ForCausalLM", _smollm3),
     "granite": _Architecture("granite", "GraniteForCausalLM", _granite),
     "phi3": _Architecture("phi3", "Phi3ForCausalLM", _phi3),

@@ -79,17 +79,20 @@ class GgufFile:
     def plain(self, name: str) -> Tensor:
         """Return a tensor's values in float32, dequantised."""
         blocks = self.blocks(name, torch.float32)
-        return self._values(name).float() if blocks is None else blocks.dequantize()
+        if blocks is None:
+            return self._values(name).float()
+        return blocks.dequantize().view(self.tensors[name].shape)
 
     def blocks(self, name: str, dtype: torch.dtype) -> GgufWeight | None:
-        """Return a matrix in its blocks; None if it has plain values.
+        """Return a matrix in its blocks, or stacked matrices as one; None if it has plain values.
 
         ``dtype``: that dequantised weights are rounded to. The blocks are those of the mapped file.
         """
         entry = self.tensors[name]
         if entry.type in _PLAIN:
             return None
-        return GgufWeight(BLOCK_TYPES[entry.type], self._values(name), dtype)
+        rows = self._values(name)
+        return GgufWeight(BLOCK_TYPES[entry.type], rows.reshape(-1, rows.shape[-1]), dtype)
 
     def _values(self, name: str) -> Tensor:
         entry = self.tensors[name]

@@ -13,6 +13,7 @@ from loraplex_kernels.cpu.gguf_weight import GgufWeight
 from loraplex_server.model.errors import ModelError
 from loraplex_server.model.quantized.quantized_modules import BlockEmbedding, install_quantized
 
+from .gguf_experts import BlockExperts, ExpertBlocks
 from .gguf_file import GgufFile
 
 _LAYER = {
@@ -28,6 +29,10 @@ _LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate",
+    "ffn_up_exps": "mlp.experts.up",
+    "ffn_down_exps": "mlp.experts.down",
 }
 _FUSED_LAYER = {"ffn_up": "mlp.gate_up_proj"}
 _GEMMA_LAYER = {
@@ -60,7 +65,12 @@ def load_gguf(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     plain: dict[str, Tensor] = {}
     blocks: dict[str, GgufWeight] = {}
+    experts: dict[str, dict[str, str]] = {}  # module → part → tensor
     for name, tensor in _parameters(file):
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        if module.endswith(".experts"):
+            experts.setdefault(module, {})[part] = tensor
+            continue
         weight = file.blocks(tensor, dtype)
         rows = _rows_of_heads(file, tensor, config.num_attention_heads, config.num_key_value_heads)
         if weight is None or device.type != "cpu":
@@ -71,8 +81,36 @@ def load_gguf(
         else:
             module = name.removesuffix(".weight")
             blocks[module] = weight if rows is None else replace(weight, rows=weight.rows[rows])
+    for module, parts in experts.items():
+        stack = _expert_blocks(file, parts, dtype) if device.type == "cpu" else None
+        if stack is None:
+            plain |= {f"{module}.{name}": v for name, v in _plain_experts(file, parts, dtype)}
+        else:
+            theirs = model.get_submodule(module)
+            count = theirs.get_parameter("down_proj").shape[0]
+            model.set_submodule(module, BlockExperts(stack, count, theirs.act_fn))
     _fill(model, plain, blocks, file)
     return model
+
+
+def _expert_blocks(
+    file: GgufFile, parts: Mapping[str, str], dtype: torch.dtype
+) -> ExpertBlocks | None:
+    """Return a layer's experts in blocks; None if one of the three stacks has plain values."""
+    weights = [file.blocks(parts[part], dtype) for part in ExpertBlocks._fields if part in parts]
+    found = [weight for weight in weights if weight is not None]
+    return ExpertBlocks(*found) if len(found) == len(ExpertBlocks._fields) else None
+
+
+def _plain_experts(
+    file: GgufFile, parts: Mapping[str, str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the stacks of a layer's experts as transformers has them."""
+    values = {part: file.plain(tensor).to(dtype) for part, tensor in parts.items()}
+    if "gate" in values and "up" in values:
+        yield "gate_up_proj", torch.cat([values["gate"], values["up"]], dim=1)
+    if "down" in values:
+        yield "down_proj", values["down"]
 
 
 def _parameters(file: GgufFile) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,8 @@ computes the changed weights of a layer in each step, which is slow and exact.
 """
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class AdaptedExperts(nn.Module):
         for part, value in experts.named_parameters(recurse=False):
             self.register_parameter(part, value)
         self._experts = experts
+        # Experts whose weights are computed have no parameters that could be exchanged.
+        self._run_with = getattr(experts, "run_with", partial(torch.func.functional_call, experts))
         self._name = name
         self._step = step
 
@@ -39,7 +42,7 @@ class AdaptedExperts(nn.Module):
             changes = _changes(self._name, self._experts, fallback.parts.stacked)
             if changes:
                 rows = tuple(part[fallback.rows] for part in inputs)
-                changed: Tensor = torch.func.functional_call(self._experts, changes, rows)
+                changed: Tensor = self._run_with(changes, rows)
                 out = out.index_copy(0, fallback.rows, changed.to(out.dtype))
         return out
 
@@ -80,8 +83,7 @@ def replace_experts(
     blocks = [
         (name, module)
         for name, module in model.named_modules()
-        if any(value.dim() == 3 for value in module.parameters(recurse=False))
-        and tuple(inspect.signature(module.forward).parameters) in _INPUTS
+        if _stacks(module) and tuple(inspect.signature(module.forward).parameters) in _INPUTS
     ]
     named = [(name, model.get_submodule(name)) for name in sorted(routers)]
     known = [(name, module) for name, module in named if _maps_rows(module)]
@@ -89,13 +91,15 @@ def replace_experts(
         model.set_submodule(name, AdaptedExperts(name, module, step))
     for name, module in known:
         model.set_submodule(name, AdaptedRouter(name, module, step))
-    stacks = (
-        f"{name}.{part}"
-        for name, module in blocks
-        for part, value in module.named_parameters(recurse=False)
-        if value.dim() == 3
-    )
+    stacks = (f"{name}.{part}" for name, module in blocks for part in _stacks(module))
     return frozenset((*stacks, *(f"{name}.weight" for name, _ in known)))
+
+
+def _stacks(module: nn.Module) -> Mapping[str, Callable[[], Tensor]]:
+    """Return readers of the stacked weights, as parameters or as a module computes them."""
+    computed: Mapping[str, Callable[[], Tensor]] = getattr(module, "stacked_weights", {})
+    own = module.named_parameters(recurse=False)
+    return {**{name: value.detach for name, value in own if value.dim() == 3}, **computed}
 
 
 @torch.no_grad()
@@ -125,9 +129,11 @@ def _changes(
 ) -> dict[str, Tensor]:
     """Return the parameters of ``module`` that an adapter changes, as W + ΔW."""
     changes: dict[str, Tensor] = {}
-    for part, value in module.named_parameters(recurse=False):
+    matrices = {part: value.detach for part, value in module.named_parameters(recurse=False)}
+    for part, read in {**matrices, **_stacks(module)}.items():
         factors = stacked.get(f"{name}.{part}")
         if factors is not None:
+            value = read()
             left, right = factors.left.to(value.dtype), factors.right.to(value.dtype)
             stack = value.view(left.shape[0], left.shape[1], right.shape[2])
             changes[part] = torch.baddbmm(stack, left, right).view(value.shape)

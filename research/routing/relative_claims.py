@@ -120,7 +120,7 @@ class Lab:
         shape = shape_of(cell.method)
         adapter = new_adapter(self.engine, shape, cell.seed, data)
         if cell.method.endswith("-b4"):
-            start = Start(self.engine, lora_shape(shape), cell.seed, data)
+            start = Start(self.engine.model, lora_shape(shape), cell.seed)
             adapter = RecipeAdapter(Recipe(optimiser=_four_times_b), start)
         steps = STEPS * len(tasks)
         batches = endless([len(datum) for datum in data], BATCH_TOKENS, cell.seed)

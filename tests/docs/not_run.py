@@ -37,6 +37,9 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
         "import base64": _IMAGES,
         "body =": _IMAGES,
     },
+    "docs/image-classes.md": {
+        "import base64": "needs a server of a CLIP; tests/vectors/test_few_shot.py asks one",
+    },
     "docs/gpu.md": {"loraplex serve --model … --device cuda:0\n": _OPTIONS},
     "docs/tensor-parallel.md": {"loraplex serve --model … --device cuda:0 --tensor": _OPTIONS},
     "docs/gpu-evidence.md": {

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from research.few_shot.drawings import write_folder
+from research.few_shot.drawn_clip import save_drawn_clip
+
 _DEMOS = Path(str(files("loraplex_adapter_store"))) / "demos"
 
 
@@ -49,6 +52,13 @@ class Reader:
         labels = {"id2label": {"0": "bad", "1": "good"}}
         (self.folder / "config.json").write_text(json.dumps(labels))
 
+    def pets(self) -> None:
+        """Write a small CLIP that was not trained, and drawings in the folders of two pets."""
+        save_drawn_clip(self.folder / "clip", steps=0)
+        pets = {"tabby cat": ["red ring"], "beagle": ["blue bar"]}
+        write_folder(self.folder / "pets", pets, 4, seed=0)
+        write_folder(self.folder / "other-pets", pets, 4, seed=1)
+
     def chats(self, name: str) -> None:
         lines = (
             {
@@ -68,5 +78,6 @@ GIVEN: Mapping[str, Callable[[Reader], None]] = {
     "docs/embeddings.md": Reader.classifier,
     "docs/training.md": lambda reader: reader.chats("numbers.jsonl"),
     "docs/recipes.md": lambda reader: reader.chats("numbers.jsonl"),
+    "docs/image-classes.md": Reader.pets,
     "docs/routed-adapters.md": lambda reader: reader.chats("data.jsonl"),
 }

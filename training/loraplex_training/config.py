@@ -11,6 +11,7 @@ RECIPES: Mapping[str, int] = {  # name → the saved rank, in trained ranks
     **dict.fromkeys(("lora-pro", "lora-sb", "sora"), 1),
     **dict.fromkeys(("ba-lora", "kasa", "lora-ga"), 2),  # with what was subtracted from the base
 }
+IMAGE_FAMILIES = ("clip-lora", "comp-lora", "glad", "block-lora")  # of ``images``
 FAMILIES = ("lora", "dora", "block-lora", "mixlora", "prefix")
 _STORED_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -96,6 +97,10 @@ class AdapterShape:
         if not self.targets:
             raise ShapeError(
                 "targets", "no target module is named; use 'all-linear' for every linear layer"
+            )
+        if self.family in IMAGE_FAMILIES and self.family not in FAMILIES:
+            raise ShapeError(
+                "family", f"family {self.family!r} learns from a folder of images on a CLIP"
             )
         if self.family not in FAMILIES:
             raise ShapeError(

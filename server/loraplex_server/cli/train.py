@@ -6,14 +6,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraplex_training.config import FAMILIES, RECIPES
+from loraplex_training.config import FAMILIES, IMAGE_FAMILIES, RECIPES
+from loraplex_training.images.config import BLOCK_LORA, TEMPLATE, ImageShape, ImageTraining
 
 from .failed import failed
 from .option_groups import flag, grouped
+from .train_classes import train_classes
 
 if TYPE_CHECKING:
     from loraplex_training.config import AdapterShape, Schedule
@@ -22,16 +24,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _ShapeOptions:
-    family: str = flag("lora", f"The family: {', '.join(FAMILIES)}.")
+    family: str = flag(
+        "lora",
+        f"The family: {', '.join(FAMILIES)}. For a folder of images: {', '.join(IMAGE_FAMILIES)}.",
+    )
     recipe: str = flag("lora", f"The recipe of family lora: lora, {', '.join(sorted(RECIPES))}.")
-    rank: int = flag(8, "The rank of the factors.", min=1)
-    alpha: float | None = flag(None, "The update is scaled by alpha / rank. Default: 2 · rank.")
-    targets: str = flag(
-        "all-linear", "The modules, separated by commas (q_proj,v_proj), or all-linear."
+    rank: int | None = flag(
+        None, "The rank of the factors. Default: 8; for images 2, and 8 for block-lora.", min=1
+    )
+    alpha: float | None = flag(
+        None,
+        "The update is scaled by alpha / rank, for images by alpha / sqrt(rank). Default: "
+        "2 · rank; for images 1.",
+    )
+    targets: str | None = flag(
+        None,
+        "The modules, separated by commas (q_proj,v_proj), or all-linear. Default: all-linear; "
+        "for images q_proj,k_proj,v_proj.",
     )
     layers: str | None = flag(None, "The layers, such as 8-29 or 0,4,8. Default: all.")
     rslora: bool = flag(False, "Scale the update by alpha / sqrt(rank).", "--rslora")
-    dropout: float = flag(0.0, "Dropout on the adapter's input.")
+    dropout: float | None = flag(
+        None, "Dropout on the adapter's input. Default: 0; for images 0.25."
+    )
     dtype: str = flag("float16", "The dtype of the saved tensors: float16, bfloat16 or float32.")
 
 
@@ -63,7 +78,9 @@ class _ScheduleOptions:
 @dataclass(frozen=True)
 class _DataOptions:
     val: str = flag(
-        "0.05", "Validation data: a JSONL file, or a share of the data (0: no validation)."
+        "0.05",
+        "Validation data: a JSONL file, or a share of the data (0: no validation). For images, a "
+        "folder like DATA; without it, none.",
     )
     max_len: int = flag(
         512, "Largest number of tokens of an example. Longer examples are refused.", min=2
@@ -71,6 +88,12 @@ class _DataOptions:
     start: Path | None = flag(
         None, "Start from the weights of this adapter, which must have the same shape."
     )
+
+
+@dataclass(frozen=True)
+class _ImageOptions:
+    template: str = flag(TEMPLATE, "The text of a class of images. {} is its label.")
+    batch_images: int = flag(32, "Number of images of a step.", min=1)
 
 
 @dataclass(frozen=True)
@@ -93,9 +116,10 @@ def train(
     data: Annotated[
         Path,
         typer.Argument(
-            metavar="DATA.jsonl",
+            metavar="DATA",
             help='A file with a chat on each line: {"messages": [{"role": "user", "content": '
-            '"..."}, {"role": "assistant", "content": "..."}]}.',
+            '"..."}, {"role": "assistant", "content": "..."}]}. Or, for a CLIP, a folder with a '
+            "folder of images for each label.",
             show_default=False,
         ),
     ],
@@ -106,6 +130,7 @@ def train(
     of_family: _FamilyOptions,
     schedule: _ScheduleOptions,
     examples: _DataOptions,
+    images: _ImageOptions,
     run: _RunOptions,
     base: Annotated[
         str | None,
@@ -121,34 +146,102 @@ def train(
     are saved.
 
         loraplex train support.jsonl --out adapters/support --rank 8 --steps 300
+
+    On a CLIP, a few images of each label are learnt:
+
+        loraplex train pets --out adapters/pets --base models/clip --family clip-lora
     """
     from loraplex_server.model.loading.pull import public_name, resolve_model
     from loraplex_training.config import TrainingConfig
     from loraplex_training.trainer import train as train_adapter
 
-    with _errors(), _bar(str(out)) as on_step:
+    with _errors():
         directory = resolve_model(base)
-        config = TrainingConfig(
-            data=data,
-            out=out,
-            base=directory,
-            base_name=public_name(base, directory),
-            shape=_shape(shape, of_family),
-            schedule=_schedule(schedule),
-            start=examples.start,
-            validation=_validation(examples.val),
-            max_len=examples.max_len,
-            device=run.device,
-            threads=run.threads,
-            gradient_checkpointing=run.recompute_layers,
-            name=run.name,
-            description=run.description,
-        )
-        trained = train_adapter(
-            config, on_step=on_step, restart=run.restart, overwrite=run.overwrite
-        )
+        base_name = public_name(base, directory)
+        if data.is_dir():
+            _refuse(
+                "is for chats, and DATA is a folder of images",
+                *(shape, of_family, schedule, examples, run),
+            )
+            validation = None if examples.val == _DataOptions().val else Path(examples.val)
+            train_classes(
+                ImageTraining(
+                    data=data,
+                    out=out,
+                    base=directory,
+                    base_name=base_name,
+                    shape=_image_shape(shape, of_family),
+                    validation=validation,
+                    template=images.template,
+                    steps=schedule.steps,
+                    lr=schedule.lr,
+                    batch_images=images.batch_images,
+                    seed=schedule.seed,
+                    device=run.device,
+                    threads=run.threads,
+                    name=run.name,
+                    description=run.description,
+                ),
+                overwrite=run.overwrite,
+            )
+            return
+        _refuse("is for images, and DATA is a file of chats", images)
+        with _bar(str(out)) as on_step:
+            config = TrainingConfig(
+                data=data,
+                out=out,
+                base=directory,
+                base_name=base_name,
+                shape=_shape(shape, of_family),
+                schedule=_schedule(schedule),
+                start=examples.start,
+                validation=_validation(examples.val),
+                max_len=examples.max_len,
+                device=run.device,
+                threads=run.threads,
+                gradient_checkpointing=run.recompute_layers,
+                name=run.name,
+                description=run.description,
+            )
+            trained = train_adapter(
+                config, on_step=on_step, restart=run.restart, overwrite=run.overwrite
+            )
     _show(trained)
     typer.echo(f"serve it: loraplex adapters add {run.name or out.resolve().name} {out}")
+
+
+_OF_BOTH = {  # the options that chats and images have
+    *("family", "rank", "alpha", "targets", "dropout", "dtype", "blocks", "block_axis"),
+    *("steps", "lr", "seed", "val", "device", "threads", "name", "description", "overwrite"),
+}
+
+
+def _refuse(message: str, *groups: Any) -> None:
+    """Raises TrainingError for an option of ``groups`` that was given and is not of both kinds."""
+    from dataclasses import fields
+
+    from loraplex_training.errors import TrainingError
+
+    for group in groups:
+        for option in fields(group):
+            if option.name not in _OF_BOTH and getattr(group, option.name) != option.default:
+                raise TrainingError(f"--{option.name.replace('_', '-')} {message}; leave it out")
+
+
+def _image_shape(shape: _ShapeOptions, family: _FamilyOptions) -> ImageShape:
+    from loraplex_training.config import BlockShape
+
+    default = ImageShape()
+    has_blocks = shape.family == BLOCK_LORA
+    return ImageShape(
+        family=shape.family,
+        rank=(8 if has_blocks else default.rank) if shape.rank is None else shape.rank,
+        alpha=default.alpha if shape.alpha is None else shape.alpha,
+        targets=default.targets if shape.targets is None else _names(shape.targets),
+        dropout=default.dropout if shape.dropout is None else shape.dropout,
+        blocks=BlockShape(family.blocks, family.block_axis) if has_blocks else None,
+        stored_dtype=shape.dtype,
+    )
 
 
 def _shape(shape: _ShapeOptions, family: _FamilyOptions) -> AdapterShape:
@@ -163,20 +256,25 @@ def _shape(shape: _ShapeOptions, family: _FamilyOptions) -> AdapterShape:
         blocks = BlockShape(family.blocks, family.block_axis)
     elif shape.family == "prefix":
         prefix = PrefixShape(family.virtual_tokens)
+    rank = 8 if shape.rank is None else shape.rank
     return AdapterShape(
         family=shape.family,
         recipe=shape.recipe,
-        rank=shape.rank,
-        alpha=2.0 * shape.rank if shape.alpha is None else shape.alpha,
-        targets=tuple(target.strip() for target in shape.targets.split(",")),
+        rank=rank,
+        alpha=2.0 * rank if shape.alpha is None else shape.alpha,
+        targets=_names(shape.targets or "all-linear"),
         layers=None if shape.layers is None else _layers(shape.layers),
         rslora=shape.rslora,
-        dropout=shape.dropout,
+        dropout=shape.dropout or 0.0,
         stored_dtype=shape.dtype,
         experts=experts,
         blocks=blocks,
         prefix=prefix,
     )
+
+
+def _names(targets: str) -> tuple[str, ...]:
+    return tuple(target.strip() for target in targets.split(","))
 
 
 def _schedule(options: _ScheduleOptions) -> Schedule:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from loraplex_training.errors import TrainingError
 
-from .data import Datum, Loss
 from .routed_experts import Experts
 from .segmented_lora import Dropout
 
@@ -80,6 +79,7 @@ class Adam:
 class LearningAdapter:
     """The state of one adapter. Only the thread of the engine changes it."""
 
+    task_type: str | None = "CAUSAL_LM"  # in PEFT's config
     penalty: Callable[[Tensor, Tensor], Tensor] | None = None
     """A term of the loss, from logits [m, vocabulary] of this adapter and of the base."""
 
@@ -175,7 +175,7 @@ class LearningAdapter:
     def peft_config(self, base_name: str) -> dict[str, object]:
         return {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": self.task_type,
             "base_model_name_or_path": base_name,
             "r": self.shape.rank,
             "lora_alpha": self.shape.alpha,
@@ -263,8 +263,8 @@ class LearningAdapter:
                 parameter.addcdiv_(mean, scale, value=-adam.lr / first)
         return norm
 
-    def saw(self, data: Sequence[Datum], loss: Loss) -> None:
-        """Called by the engine with the data whose gradients it adds. Recipes may keep them."""
+    def saw(self, again: Callable[[], object]) -> None:
+        """Called before gradients are added. ``again`` adds those of the same data once more."""
 
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of the state without the moments, to go back to."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,7 +63,7 @@ class TrainingEngine:
         outcomes = [Outcome() for _ in works]
         if backward:
             for work in works:
-                work.adapter.saw(work.data, work.loss)
+                work.adapter.saw(partial(self.forward_backward, (work,)))
         with torch.set_grad_enabled(backward):
             for pieces in batches(works):
                 self._batch(works, pieces, outcomes, backward)

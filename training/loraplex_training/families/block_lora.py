@@ -29,10 +29,7 @@ class BlockLora(RecipeAdapter):
     def __init__(self, start: Start, shape: AdapterShape) -> None:
         """Raises TrainingError for blocks that do not divide the rank or the inputs."""
         self._rank, self._blocks = shape.rank, shape.blocks or BlockShape()
-        recipe = Recipe(
-            partial(_start, self._blocks), partial(_factors, self._blocks), scale=start.shape.scale
-        )
-        super().__init__(recipe, start)
+        super().__init__(block_recipe(self._blocks), start)
 
     def named_tensors(self) -> dict[str, Tensor]:
         return {
@@ -52,11 +49,16 @@ class BlockLora(RecipeAdapter):
         }
 
 
+def block_recipe(blocks: BlockShape) -> Recipe:
+    """Return the recipe of a LoRA of blocks, which is saved as the LoRA that it amounts to."""
+    return Recipe(partial(_start, blocks), partial(_factors, blocks))
+
+
 def _start(blocks: BlockShape, start: Start) -> Mapping[str, Part]:
     random = torch.Generator().manual_seed(start.seed)
     parts, n, rank = {}, blocks.n_blocks, start.shape.rank
     for name in start.linears:
-        n_in, n_out = start.engine.model.linears[name]
+        n_in, n_out = start.base.linears[name]
         divided = rank if blocks.axis == "rank" else n_in
         if divided % n:
             raise TrainingError(
@@ -69,7 +71,7 @@ def _start(blocks: BlockShape, start: Start) -> Mapping[str, Part]:
         else:
             a, b = torch.empty(rank, n_in // n), torch.zeros(n_out, rank)
         a.uniform_(-1, 1, generator=random).div_(math.sqrt(a.shape[1]))
-        device = start.engine.model.device
+        device = start.base.device
         parts[name] = Part({"A": a.to(device), "B": b.to(device)})
     return parts
 

@@ -18,7 +18,7 @@ class Dora(LearningAdapter):
 
     def __init__(self, start: Start, shape: AdapterShape) -> None:
         """Start from PEFT's initial values."""
-        plain = start.engine.new_adapter(start.shape, start.seed)
+        plain = start.fresh()
         super().__init__(start.shape, plain.factors, start.seed)
         self._weight = start.weight
         self._magnitudes = {

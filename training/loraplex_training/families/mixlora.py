@@ -15,7 +15,8 @@ from loraplex_training.config import AdapterShape, ExpertShape
 from loraplex_training.engine.adapter import LearningAdapter
 from loraplex_training.engine.routed_experts import PROJECTIONS, Experts
 from loraplex_training.errors import TrainingError
-from loraplex_training.recipes.recipe import Start
+
+from .decoder_start import DecoderStart
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _ROUTER_INIT = 0.02  # standard deviation of the router's first weights
@@ -64,19 +65,19 @@ def _product(logits: Tensor, n_picks: int) -> Tensor:
 class MixLora(LearningAdapter):
     """A MixLoRA. The balance loss counts each token of a batch once, shared heads too."""
 
-    def __init__(self, start: Start, shape: AdapterShape) -> None:
+    def __init__(self, start: DecoderStart, shape: AdapterShape) -> None:
         """Raises TrainingError for a base whose MLPs or attention have another layout."""
         own = shape.experts or ExpertShape()
         self._options, self._balance = own, BalanceLoss(own.balance)
         default = DEFAULT_COEFFICIENT[self._balance]
         self._coefficient = default if own.balance_coefficient is None else own.balance_coefficient
-        self._act_fn = start.engine.model.activation
-        attention = start.engine.new_adapter(replace(start.shape, targets=_ATTENTION), start.seed)
+        self._act_fn = start.model.activation
+        attention = replace(start, shape=replace(start.shape, targets=_ATTENTION)).fresh()
         super().__init__(attention.shape, attention.factors, start.seed)
         self._experts = {
-            name: _experts(start, name, own, i) for i, name in enumerate(start.engine.model.mlps)
+            name: _experts(start, name, own, i) for i, name in enumerate(start.model.mlps)
         }
-        if len(self._experts) != start.engine.model.n_layers:
+        if len(self._experts) != start.model.n_layers:
             raise TrainingError(
                 "MixLoRA needs a base whose MLPs all have gate_proj, up_proj and down_proj; this "
                 "base has others"
@@ -141,8 +142,8 @@ def _file_name(name: str) -> str:
     return f"mixlora.{name.removeprefix('model.')}"
 
 
-def _experts(start: Start, name: str, options: ExpertShape, index: int) -> Experts:
-    model, rank, n = start.engine.model, start.shape.rank, options.n_experts
+def _experts(start: DecoderStart, name: str, options: ExpertShape, index: int) -> Experts:
+    model, rank, n = start.model, start.shape.rank, options.n_experts
     random = torch.Generator().manual_seed((start.seed << 16) + index + 1)
     factors = {}
     for projection in PROJECTIONS:

@@ -14,13 +14,14 @@ from torch import Tensor
 from loraplex_training.config import AdapterShape, PrefixShape
 from loraplex_training.engine.adapter import LearningAdapter
 from loraplex_training.errors import TrainingError
-from loraplex_training.recipes.recipe import Start
+
+from .decoder_start import DecoderStart
 
 _FILE_NAME = "prompt_embeddings"
 
 
 class Prefix(LearningAdapter):
-    def __init__(self, start: Start, shape: AdapterShape) -> None:
+    def __init__(self, start: DecoderStart, shape: AdapterShape) -> None:
         """Raises TrainingError without data, and for a base whose layers differ in their sizes."""
         if not start.data:
             raise TrainingError("a prefix starts from the data and needs some")
@@ -28,7 +29,7 @@ class Prefix(LearningAdapter):
         tokens = torch.cat([datum.tokens for datum in start.data])
         tokens = tokens.repeat(-(-n // len(tokens)))[:n]
         super().__init__(start.shape, {})
-        self._prefix = start.engine.model.keys_and_values(tokens).clone().requires_grad_()
+        self._prefix = start.model.keys_and_values(tokens).clone().requires_grad_()
         self.parameters = {_FILE_NAME: self._prefix}
 
     @property

@@ -6,24 +6,25 @@ from loraplex_training.config import PLAIN, AdapterShape, ExpertShape, PrefixSha
 from loraplex_training.config import RECIPES as RANKS
 from loraplex_training.engine.adapter import LearningAdapter, LoraShape
 from loraplex_training.engine.data import Datum
-from loraplex_training.engine.engine import TrainingEngine
+from loraplex_training.engine.engine import TrainingEngine, Work
 from loraplex_training.recipes.recipe import RecipeAdapter, Start
 from loraplex_training.recipes.table import RECIPES
 
 from .block_lora import BlockLora
+from .decoder_start import DecoderStart
 from .dora import Dora
 from .mixlora import MixLora
 from .prefix import Prefix
 
 _SAMPLE_TOKENS = 2048  # of the data that an initialisation reads
 
-Family = Callable[[Start, AdapterShape], LearningAdapter]
+Family = Callable[[DecoderStart, AdapterShape], LearningAdapter]
 """Returns a new adapter. Called on the thread of the engine. Raises TrainingError."""
 
 
 def _lora(start: Start, shape: AdapterShape) -> LearningAdapter:
     if shape.recipe == PLAIN:
-        return start.engine.new_adapter(start.shape, start.seed)
+        return start.fresh()
     return RecipeAdapter(RECIPES[shape.recipe], start)
 
 
@@ -51,7 +52,15 @@ def new_adapter(
             break
         sample.append(datum)
         n += len(datum)
-    return FAMILIES[shape.family](Start(engine, lora_shape(shape), seed, sample), shape)
+    start = DecoderStart(
+        engine.model,
+        lora_shape(shape),
+        seed,
+        (lambda probe: engine.forward_backward([Work(probe, sample)])) if sample else None,
+        model=engine.model,
+        data=sample,
+    )
+    return FAMILIES[shape.family](start, shape)
 
 
 def most_parameters(shape: AdapterShape, linears: Mapping[str, tuple[int, int]]) -> int:

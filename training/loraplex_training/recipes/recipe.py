@@ -7,15 +7,14 @@ two more blocks of A and B that stay as they are. The saved file is therefore a 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from loraplex_training.engine.adapter import PREFIX, Adam, LearningAdapter, LoraShape
-from loraplex_training.engine.data import Datum, Loss
-from loraplex_training.engine.engine import TrainingEngine, Work
 from loraplex_training.errors import TrainingError
 
 _PROBED = 1 << 26  # entries of weights whose gradients are computed at once
@@ -32,38 +31,58 @@ class Part:
         return self.trained[name] if name in self.trained else self.frozen[name]
 
 
+class FrozenBase(Protocol):
+    """The base whose linears an adapter changes."""
+
+    @property
+    def linears(self) -> Mapping[str, tuple[int, int]]:
+        """Return the linears that adapters may have: name → (in, out) features."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def weight(self, name: str) -> Tensor:
+        """Return a float32 copy of the weight [out, in] of a linear."""
+
+
 @dataclass(frozen=True, slots=True)
 class Start:
     """Offers what an initialisation may read. Only the thread of the engine uses it."""
 
-    engine: TrainingEngine
+    base: FrozenBase
     shape: LoraShape
     seed: int
-    data: Sequence[Datum]  # a sample of the training data
+    learn: Callable[[LearningAdapter], object] | None = None
+    """Adds the gradients of a sample of the training data; None without data."""
 
     @property
     def linears(self) -> list[str]:
-        return self.shape.chosen(list(self.engine.model.linears))
+        return self.shape.chosen(list(self.base.linears))
 
     def weight(self, name: str) -> Tensor:
         """Return a float32 copy of a base weight [out, in]."""
-        return self.engine.model.weight(name)
+        return self.base.weight(name)
+
+    def fresh(self) -> LearningAdapter:
+        """Return a LoRA with PEFT's initial values: A by Kaiming, B zero."""
+        base = self.base
+        return LearningAdapter.fresh(self.shape, base.linears, self.seed, str(base.device))
 
     def plain(self) -> dict[str, Part]:
-        """Return PEFT's initial values: A by Kaiming, B zero."""
-        adapter = self.engine.new_adapter(self.shape, self.seed)
+        """Return PEFT's initial values by linear."""
+        adapter = self.fresh()
         return {
             n: Part({"A": a.detach(), "B": b.detach()}) for n, (a, b) in adapter.factors.items()
         }
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each adapted linear and ∇W [out, in] of the loss of ``data``, summed.
+        """Yield each adapted linear and ∇W [out, in] of the loss of the sample, summed.
 
         With A = I and B = 0 (or B = I and A = 0) the gradient of the other factor is ∇W itself.
         """
-        if not self.data:
+        if self.learn is None:
             raise TrainingError("this recipe starts from gradients and needs training data")
-        sizes, device = self.engine.model.linears, self.engine.model.device
+        sizes, device = self.base.linears, self.base.device
         names = self.linears
         while names:
             n, total = 0, 0
@@ -78,7 +97,7 @@ class Start:
                 b = torch.zeros(n_out, rank, device=device)
                 factors[name] = (ones, b) if n_in <= n_out else (a, ones)
             probe = LearningAdapter(LoraShape(1, 1.0), factors)
-            self.engine.forward_backward([Work(probe, self.data)])
+            self.learn(probe)
             for name in names[:n]:
                 n_in, n_out = sizes[name]
                 gradient = probe.factors[name][1 if n_in <= n_out else 0].grad
@@ -138,7 +157,7 @@ class RecipeAdapter(LearningAdapter):
         """Initialise by the recipe. Raises TrainingError."""
         shape = start.shape
         self.recipe, self.penalty = recipe, recipe.penalty
-        self._engine, self._seen = start.engine, list[tuple[Sequence[Datum], Loss]]()
+        self._seen: list[Callable[[], object]] = []
         self._repeating = False
         self.scale = shape.scale if recipe.scale is None else recipe.scale
         self.parts = dict(recipe.start(start))
@@ -164,16 +183,17 @@ class RecipeAdapter(LearningAdapter):
         self._seen.clear()
         return norm
 
-    def saw(self, data: Sequence[Datum], loss: Loss) -> None:
+    def saw(self, again: Callable[[], object]) -> None:
         if self.recipe.repeats and not self._repeating:
-            self._seen.append((data, loss))
+            self._seen.append(again)
 
     def repeat(self) -> None:
         """Compute the gradients of this step's data again, at the trained tensors as they are."""
         self._repeating = True
         try:
             self.refresh()
-            self._engine.forward_backward([Work(self, data, loss) for data, loss in self._seen])
+            for again in self._seen:
+                again()
         finally:
             self._repeating = False
         self.pull_back()

@@ -1,0 +1,1 @@
+"""Few-shot classification on a small CLIP that is pre-trained on drawings."""

@@ -102,6 +102,42 @@ def test_anthropics_client_sends_an_image_beside_text(url: str, openai: OpenAI) 
     assert counted.input_tokens == same.usage.prompt_tokens
 
 
+def test_a_tools_result_may_have_images(url: str, openai: OpenAI) -> None:
+    image, call = made_image(8), {"id": "c1", "name": "screen"}
+    source = {"type": "base64", "media_type": "image/png", "data": png(image)}
+    result = [{"type": "text", "text": "Now:"}, {"type": "image", "source": source}]
+    turns: list[Any] = [
+        {"role": "user", "content": _SEES},
+        {"role": "assistant", "content": [{"type": "tool_use", "input": {}, **call}]},
+        {
+            "role": "user",
+            "content": [{"type": "tool_result", "tool_use_id": "c1", "content": result}],
+        },
+    ]
+    with Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        answer = client.messages.create(
+            model="base", max_tokens=4, messages=turns, extra_body={"temperature": 0}
+        )
+    function = {"name": "screen", "arguments": "{}"}
+    same = _ask(
+        openai,
+        [
+            turns[0],
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "c1", "type": "function", "function": function}],
+            },
+            {"role": "tool", "tool_call_id": "c1", "content": _user("Now:", image)[0]["content"]},
+        ],
+    )
+    assert answer.content[0].text == same.choices[0].message.content
+    assert answer.usage.input_tokens == same.usage.prompt_tokens
+    shown = httpx.post(f"{url}/v1/messages/count_tokens", json={"model": "base", "messages": turns})
+    del result[1]
+    less = httpx.post(f"{url}/v1/messages/count_tokens", json={"model": "base", "messages": turns})
+    assert shown.json()["input_tokens"] >= less.json()["input_tokens"] + 16  # of the image
+
+
 def test_the_responses_api_takes_input_images(openai: OpenAI) -> None:
     image = made_image(5)
     content: list[Any] = [

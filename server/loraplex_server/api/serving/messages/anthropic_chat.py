@@ -134,11 +134,10 @@ def _messages(turn: MessageTurn, where: str) -> Iterator[JsonObject]:
                 calls.append(_call(block, at))
             case "tool_result", "user":
                 has_results = True
-                content = block.get("content") or ""
                 yield {
                     "role": "tool",
                     "tool_call_id": string_field(block, "tool_use_id", at),
-                    "content": _text(content, f"{at}.content"),
+                    "content": _result(block.get("content") or "", f"{at}.content"),
                 }
             case "thinking", "assistant":
                 reasoning += string_field(block, "thinking", at)
@@ -155,6 +154,21 @@ def _messages(turn: MessageTurn, where: str) -> Iterator[JsonObject]:
     if reasoning:
         message["reasoning_content"] = reasoning
     yield message
+
+
+def _result(content: JsonValue, where: str) -> JsonValue:
+    """Return the text of a tool's result; with images, its parts. Raises ApiError (400)."""
+    parts: list[JsonObject] = []
+    for number, block in enumerate(content if isinstance(content, list) else ()):
+        at = f"{where}[{number}]"
+        kind = block.get("type") if isinstance(block, dict) else None
+        if not isinstance(block, dict) or kind not in ("text", "image"):
+            raise _unsupported(kind, at)
+        if kind == "image":
+            parts.append(_image(block, at))
+        else:
+            parts.append({"type": "text", "text": string_field(block, "text", at)})
+    return _joined(parts) if parts else _text(content, where)
 
 
 def _call(block: Mapping[str, JsonValue], where: str) -> JsonValue:

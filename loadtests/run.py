@@ -25,6 +25,7 @@ from rich.table import Table
 from loraplex_server.model.errors import ModelError
 from loraplex_server.model.loading.pull import resolve_model
 
+from .page import write_page
 from .report import print_report, render_markdown
 from .scenario import SCENARIOS, ScenarioError, load_scenario
 
@@ -55,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         return 1
     _write(result, given.out, console)
+    if given.page is not None:
+        given.page.parent.mkdir(parents=True, exist_ok=True)
+        write_page(result.report, given.page)
+        console.print(f"page: {given.page}", soft_wrap=True)
     return 2 if any(row.get("lost") for row in result.report["systems"]["loraplex"]) else 0
 
 
@@ -108,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--work", type=Path, help="Folder for temporary adapters and state.")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="Folder of the report.")
+    parser.add_argument(
+        "--page", type=Path, help="HTML file with plots of throughput and latency over the phases."
+    )
     return parser
 
 

@@ -79,6 +79,9 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     "docs/adapters-from-adapters.md": {
         "loraplex serve --generator-dir": "tests/generation/test_store_methods.py runs both"
     },
+    "docs/structured-output.md": {
+        "git clone": "fetches 11,000 schemas; tests/loadtests/test_schema_bench.py judges two"
+    },
     "docs/tools.md": {"loraplex serve": "an hour of questions; tests/contract asks some of them"},
 }
 

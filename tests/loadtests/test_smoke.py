@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,15 +156,38 @@ def test_a_running_server_is_asked_with_its_key_and_left_as_it_was(
 ) -> None:
     scenario = tmp_path / "short.toml"
     scenario.write_text(SHORT)
-    flags = ("--url", running.url, "--model", model, "--out", tmp_path)
+    page = tmp_path / "sent" / "page.html"
+    flags = ("--url", running.url, "--model", model, "--out", tmp_path, "--page", page)
     done = bench(scenario, *flags, LORAPLEX_API_KEY=KEY)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert '">short</text>' in page.read_text()
     result = json.loads((tmp_path / "short.json").read_text())
     (row,) = result["systems"]["loraplex"]
     assert row["served"] > 0
     assert row["adapter_loads"] >= 2  # known from /metrics, which is closed without the key
     assert result["notes"] == []
     with admin_client(running.url, KEY) as client:
+        names = {card["name"] for card in client.get("/v1/adapters").json()["data"]}
+    assert names == {"a", "b"}
+
+
+@pytest.mark.nightly
+def test_a_bench_that_is_terminated_removes_its_adapters(
+    running: Target, model: Path, tmp_path: Path
+) -> None:
+    scenario = tmp_path / "long.toml"
+    scenario.write_text(SHORT.replace("seconds = 2", "seconds = 600"))
+    command = [sys.executable, "-m", "loraplex_server.cli.app", "bench", scenario]
+    flags = ("--url", running.url, "--model", model, "--out", tmp_path, "--api-key", KEY)
+    process = subprocess.Popen([*command, *flags], cwd=ROOT, stdout=subprocess.DEVNULL)
+    with admin_client(running.url, KEY) as client:
+        sampler = MetricsSampler(client, None)
+        while not sampler.samples or not sampler.samples[-1].values.get("running"):
+            assert process.poll() is None
+            time.sleep(0.1)
+            sampler.sample("until the bench sends")
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
         names = {card["name"] for card in client.get("/v1/adapters").json()["data"]}
     assert names == {"a", "b"}
 

@@ -16,8 +16,8 @@ def bench(context: typer.Context) -> None:
     """Run a load scenario; write a report in Markdown, a plot and the numbers.
 
     Give the name of a scenario, the path of a TOML file, or `list`. Options are --url, --api-key,
-    --model, --against, --vllm-venv, --llama-venv, --check-outputs and --out: see
-    docs/load-testing.md, and `python -m loadtests.run --help` in a checkout of the repository.
+    --model, --against, --vllm-venv, --llama-venv, --check-outputs, --out and --page:
+    see docs/load-testing.md, and `python -m loadtests.run --help` in a checkout of the repository.
     """
     raise typer.Exit(_run(_checkout(), context.args))
 

@@ -237,8 +237,25 @@ def test_a_schema_that_is_not_strict_may_say_more_than_is_enforced(client: OpenA
             "then": {"required": ["number"]},
             "else": {"not": {"required": ["number"]}},
         },
+        {
+            "type": "array",
+            "items": {"enum": [1, 2, 3]},
+            "contains": {"const": 2},
+            "minContains": 2,
+            "maxContains": 3,
+            "maxItems": 6,
+            "not": {"contains": {"const": 3}},
+        },
+        {
+            "type": "object",
+            "properties": {"mail": {"type": "boolean"}, "phone": {"type": "boolean"}},
+            "additionalProperties": False,
+            "oneOf": [{"required": ["mail"]}, {"required": ["phone"]}],
+        },
+        {"oneOf": [{"enum": [1, 2, 3, 4, None]}, {"type": "integer", "minimum": 3, "maximum": 9}]},
+        {"type": "string", "format": "uri-reference", "maxLength": 9},
     ],
-    ids=["different items", "condition"],
+    ids=["different items", "condition", "contains", "one of two", "overlapping", "format"],
 )
 def test_conditions_of_a_schema_hold(client: OpenAI, schema: dict[str, Any]) -> None:
     answers = set()

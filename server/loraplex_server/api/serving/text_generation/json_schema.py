@@ -12,9 +12,11 @@ from fractions import Fraction
 
 from .schema_logic import (
     MAX_LISTS,
+    OTHER_THAN_ARRAYS,
     Negation,
     NotExpressible,
     Schema,
+    containing,
     dependencies,
     different_items,
 )
@@ -22,14 +24,25 @@ from .schema_logic import (
 _EXACT = 1 << 53  # integers up to here are exact in float64
 _INT64 = (1 << 63) - 1
 _DIGITS = 15  # decimal digits that float64 keeps
-# Formats that Pydantic and OpenAPI write beside a type and that JSON Schema does not define: they
-# are annotations. So is `regex`, as Pydantic writes it.
-_ANNOTATIONS = frozenset(
+# Formats that llguidance lacks → schemas that allow no other text than these formats do.
+_REFERENCE = {
+    "anyOf": [{"format": "uri"}, {"pattern": r"^[A-Za-z0-9._~/-]*([#?][A-Za-z0-9._~/-]*)?$"}]
+}
+_NARROWER: Mapping[str, Schema] = {
+    "uri-reference": _REFERENCE,
+    "iri-reference": _REFERENCE,
+    "iri": {"format": "uri"},
+    "idn-email": {"format": "email"},
+    "idn-hostname": {"format": "hostname"},
+    "uri-template": {"pattern": "^[A-Za-z0-9._~/?#-]*$"},
+    "json-pointer": {"pattern": "^(/([^~/]|~[01])*)*$"},
+    "relative-json-pointer": {"pattern": "^(0|[1-9][0-9]*)(#|(/([^~/]|~[01])*)*)$"},
+}
+# Those that JSON Schema defines. All others are annotations.
+_DEFINED = frozenset(
     {
-        *("path", "file-path", "directory-path", "binary", "byte", "password", "json-string"),
-        *("base64", "base64url", "ipv4network", "ipv6network", "ipv4interface", "ipv6interface"),
-        *("ipvanyaddress", "ipvanyinterface", "ipvanynetwork", "color", "regex", "multi-host-uri"),
-        *("int32", "int64", "float", "double", "decimal"),
+        *("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri"),
+        *("uuid", *_NARROWER),
     }
 )
 _BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
@@ -70,6 +83,8 @@ class _Rewriting:
                 [] if schema["not"] is False else [self._forbidding(schema["not"])]
             ),
             "if": self._condition,
+            "oneOf": lambda schema: [{"anyOf": self._negation.one_of(schema["oneOf"])}],
+            "contains": self._containing,
             "dependencies": lambda schema: dependencies(schema["dependencies"]),
             "dependentRequired": lambda schema: dependencies(schema["dependentRequired"]),
             "dependentSchemas": lambda schema: dependencies(schema["dependentSchemas"]),
@@ -78,6 +93,8 @@ class _Rewriting:
     def of(self, schema: object) -> object:
         if not isinstance(schema, dict):
             return schema
+        if schema.get("not", False) in _ANYTHING:
+            return False
         self._n_schemas += 1
         if self._n_schemas > _MAX_SCHEMAS:
             raise ValueError(f"it has more than {_MAX_SCHEMAS:,} schemas within it")
@@ -134,6 +151,8 @@ class _Rewriting:
                 items = self._followed(schema.get("items"))
                 schema = different_items(schema, items, self._n_lists_left)
                 self._n_lists_left -= len(schema["enum"])
+        if isinstance(schema.get("format"), str) and schema["format"] in _NARROWER:
+            conditions.append(_NARROWER[schema.pop("format")])
         if conditions:
             schema["allOf"] = [*_list(schema.get("allOf")), *conditions]
         return schema
@@ -156,6 +175,15 @@ class _Rewriting:
                 ]
             }
         ]
+
+    def _containing(self, schema: Schema) -> list[object]:
+        at_least, at_most = schema.get("minContains", 1), schema.get("maxContains")
+        if at_least == 0 and at_most is None:
+            return []
+        others = {} if at_most is None else self._forbidding(schema["contains"])
+        n_items = _number(schema.get("maxItems"), math.inf)
+        lists = containing(schema["contains"], at_least, at_most, others, n_items)
+        return [{"anyOf": [{"type": list(OTHER_THAN_ARRAYS)}, *lists]}]
 
     def _name_properties(self, schema: Schema) -> None:
         """Replace ``propertyNames`` by the names themselves, or by their pattern."""
@@ -223,7 +251,7 @@ _WITHOUT_EFFECT: Mapping[str, Callable[[Schema], bool]] = {
     "propertyNames": lambda schema: schema["propertyNames"] in (*_ANYTHING, {"type": "string"}),
     "unevaluatedProperties": lambda schema: schema["unevaluatedProperties"] in _ANYTHING,
     "unevaluatedItems": lambda schema: schema["unevaluatedItems"] in _ANYTHING,
-    "format": lambda schema: schema["format"] in _ANNOTATIONS,
+    "format": lambda schema: schema["format"] not in _DEFINED,
 }
 
 

@@ -1,7 +1,8 @@
-"""Rewrites the logic of JSON schemas into types, properties and alternatives, exactly.
+"""Rewrites the logic of JSON schemas into types, properties and alternatives.
 
 A grammar has no negation. The values that a schema forbids can often be described by another
 schema, though: whatever has no property ``a`` is an object with ``a`` forbidden, or no object.
+The rewritten schema never allows more. It allows less where only a part can be described.
 """
 
 import itertools
@@ -14,14 +15,19 @@ from typing import Any
 Schema = dict[str, Any]
 
 _TYPES = ("null", "boolean", "number", "string", "array", "object")
+OTHER_THAN_ARRAYS = tuple(one for one in _TYPES if one != "array")
 _MAX_NODES = 2000  # of the negations of a schema; a reference counts each time, and a character
 _MAX_DEPTH = 16  # of schemas within a negated one, references followed
 _MAX_DEPENDENCIES = 64
 _MAX_CHARACTERS = 400  # of texts that another text must differ from; its pattern has the square
+_MAX_SEARCHED = 8  # items of a list, from the first, in which another one is looked for
+_MAX_ARRANGEMENTS = 64  # of the items that match, within those
 MAX_LISTS = 2000  # of different items, written out
 _MAX_WRITTEN = 200_000  # characters of those lists
 _NAMES = frozenset({"title", "description", "$comment", "examples", "default", "deprecated"})
 _DEFINITIONS = frozenset({"$schema", "$defs", "definitions"})
+# Keyword → keywords beside which it means something else.
+_CHANGED_BY = {"contains": {"minContains", "maxContains"}, "items": {"prefixItems"}}
 
 
 class NotExpressible(ValueError):
@@ -37,9 +43,9 @@ class Negation:
         self._n_left = _MAX_NODES
 
     def of(self, schema: object, depth: int = 0) -> list[Schema]:
-        """Return alternatives that together allow what ``schema`` forbids.
+        """Return alternatives that together allow what ``schema`` forbids, or a part of that.
 
-        Raises NotExpressible.
+        Raises NotExpressible if no part can be described.
         """
         schema = self._follow(schema)
         self._spend(1)
@@ -47,12 +53,18 @@ class Negation:
             return []
         if schema is False:
             return [{}]
-        if not isinstance(schema, dict) or depth > _MAX_DEPTH:
+        if not isinstance(schema, dict) or "$ref" in schema or depth > _MAX_DEPTH:
             raise NotExpressible
         alternatives: list[Schema] = []
+        is_partial = False
         for key, value in schema.items():
-            if key not in _NAMES | _DEFINITIONS:
-                alternatives += self._of_keyword(key, value, depth + 1)
+            if key not in _NAMES | _DEFINITIONS and not schema.keys() & _CHANGED_BY.get(key, set()):
+                try:
+                    alternatives += self._of_keyword(key, value, depth + 1)
+                except NotExpressible:
+                    is_partial = True  # the alternatives of other keywords are forbidden, too
+        if is_partial and not alternatives:
+            raise NotExpressible
         return alternatives
 
     def _of_keyword(self, key: str, value: Any, depth: int) -> list[Schema]:
@@ -61,6 +73,11 @@ class Negation:
                 return _all_of([self.of(item, depth) for item in value])
             case "allOf":
                 return list(itertools.chain(*(self.of(item, depth) for item in value)))
+            case "oneOf":
+                pairs = [pair for pair in itertools.combinations(value, 2) if not self.apart(*pair)]
+                self._spend(sum(_n_nodes(pair) for pair in pairs))
+                none = _all_of([self.of(item, depth) for item in value])
+                return [*none, *({"allOf": list(pair)} for pair in pairs)]
             case "not":
                 self._spend(_n_nodes(value))
                 return [{"allOf": [value]}]
@@ -70,10 +87,55 @@ class Negation:
                     for name, of_name in value.items()
                     for one in self.of(of_name, depth)
                 ]
+            case "contains":
+                return [{"type": "array", "items": {"anyOf": self.of(value, depth)}}]
+            case "items" if not isinstance(value, list):
+                return containing({"anyOf": self.of(value, depth)}, 1, None, {})
             case _ if key in _NEGATIONS:
                 self._spend(_n_nodes(value))
                 return _NEGATIONS[key](value)
         raise NotExpressible
+
+    def one_of(self, schemas: Sequence[object]) -> list[object]:
+        """Return alternatives that allow a value which exactly one of ``schemas`` allows.
+
+        Raises NotExpressible.
+        """
+        alternatives: list[object] = []
+        for schema in schemas:
+            others = [
+                self.of(other)
+                for other in schemas
+                if other is not schema and not self.apart(schema, other)
+            ]
+            if not others:
+                alternatives.append(schema)
+            elif all(others):
+                alternatives.append({"allOf": [schema, *({"anyOf": one} for one in others)]})
+        if not alternatives:
+            raise NotExpressible
+        return alternatives
+
+    def apart(self, one: object, other: object) -> bool:
+        """Return True if it is plain that no value matches both schemas."""
+        one, other = self._follow(one), self._follow(other)
+        if not isinstance(one, dict) or not isinstance(other, dict):
+            return one is False or other is False
+        values, others = _listed(one), _listed(other)
+        if values is not None and others is not None:
+            return not values & others
+        if "type" in one and "type" in other:
+            kinds, other_kinds = _kinds(one["type"]), _kinds(other["type"])
+            if not kinds & other_kinds:
+                return True
+        if one.get("type") != "object" or other.get("type") != "object":
+            return False
+        properties, other_properties = one.get("properties", {}), other.get("properties", {})
+        required, others_required = set(one.get("required", ())), set(other.get("required", ()))
+        return any(
+            self.apart(properties[name], other_properties[name])
+            for name in required & others_required & properties.keys() & other_properties.keys()
+        ) or bool(_forbidden(other, required) or _forbidden(one, others_required))
 
     def _spend(self, n_nodes: int) -> None:
         self._n_left -= n_nodes
@@ -98,6 +160,36 @@ def dependencies(needs: dict[str, object]) -> list[Schema]:
         }
         for name, need in needs.items()
         if need not in ([], {}, True)
+    ]
+
+
+def containing(schema: object, at_least: int, at_most: int | None, others: object) -> list[Schema]:
+    """Return lists in whose first items ``schema`` is matched as often as asked.
+
+    ``others``: what the rest of the items match. ``n_items``: the most items of a list. Raises
+    NotExpressible for too many lists.
+    """
+    n_searched = int(min(n_items, _MAX_SEARCHED))
+    if at_most is None:
+        counts: range = range(at_least, at_least + 1)
+    else:
+        counts = range(at_least, min(at_most, n_searched) + 1)
+    n_lists = sum(math.comb(n_searched, n) for n in counts)
+    if not 0 < n_lists <= _MAX_ARRANGEMENTS:
+        raise NotExpressible
+    arrangements = [
+        places for n in counts for places in itertools.combinations(range(n_searched), n)
+    ]
+    return [
+        {
+            "type": "array",
+            "prefixItems": [
+                schema if at in places else others for at in range(max(places, default=-1) + 1)
+            ],
+            "items": others,
+            "minItems": max(places, default=-1) + 1,
+        }
+        for places in arrangements
     ]
 
 
@@ -147,6 +239,34 @@ def _values(items: Schema) -> list[object]:
     return list({(_type_of(value), value): value for value in of_type}.values())  # 1.0 is 1
 
 
+def _listed(schema: Schema) -> set[str] | None:
+    """Return the JSON texts of the only values that a schema may allow, or None for others."""
+    listed = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    return {json.dumps(_plain(one), sort_keys=True) for one in listed} if listed else None
+
+
+def _plain(value: object) -> object:
+    """Return 1 for 1.0, which is equal in JSON Schema, also within a list or an object."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _kinds(types: str | list[str]) -> set[str]:
+    named = {types} if isinstance(types, str) else set(types)
+    return named | {"integer"} if "number" in named else named
+
+
+def _forbidden(schema: Schema, names: set[str]) -> set[str]:
+    """Return those of the properties that an object of ``schema`` cannot have."""
+    properties = schema.get("properties", {})
+    if schema.get("additionalProperties") is False and not schema.get("patternProperties"):
+        return {name for name in names if properties.get(name, False) is False}
+    return {name for name in names if properties.get(name) is False}
+
+
 def _n_nodes(value: object) -> int:
     if isinstance(value, str):
         return 1 + len(value)
@@ -187,8 +307,8 @@ def _all_of(parts: Sequence[list[Schema]]) -> list[Schema]:
 
 def _not_type(types: object) -> list[Schema]:
     named = set(types if isinstance(types, list) else [types])
-    if "integer" in named and "number" not in named:
-        raise NotExpressible  # a number with decimals
+    if "integer" in named:
+        named.add("number")  # a number with decimals has no schema
     rest = [one for one in _TYPES if one not in named]
     return [{"type": rest}] if rest else []
 
@@ -198,12 +318,10 @@ def _not_required(names: list[str]) -> list[Schema]:
 
 
 def _not_values(values: Sequence[object]) -> list[Schema]:
-    """Return schemas of everything but these. Raises NotExpressible for lists and objects."""
+    """Return schemas of everything but these; of a list or an object, of values of other types."""
     by_type: dict[str, list[Any]] = {}
     for value in values:
         by_type.setdefault(_type_of(value), []).append(value)
-    if by_type.keys() & {"array", "object"}:
-        raise NotExpressible
     alternatives: list[Schema] = [{"type": [one for one in _TYPES if one not in by_type]}]
     if "string" in by_type:
         pattern = f"^({'|'.join(_other_strings(set(by_type['string'])))})$"

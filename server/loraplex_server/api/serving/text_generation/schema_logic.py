@@ -163,17 +163,17 @@ def dependencies(needs: dict[str, object]) -> list[Schema]:
     ]
 
 
-def containing(schema: object, at_least: int, at_most: int | None, others: object) -> list[Schema]:
+def containing(
+    schema: object, at_least: int, at_most: int | None, others: object, n_items: float = math.inf
+) -> list[Schema]:
     """Return lists in whose first items ``schema`` is matched as often as asked.
 
     ``others``: what the rest of the items match. ``n_items``: the most items of a list. Raises
     NotExpressible for too many lists.
     """
     n_searched = int(min(n_items, _MAX_SEARCHED))
-    if at_most is None:
-        counts: range = range(at_least, at_least + 1)
-    else:
-        counts = range(at_least, min(at_most, n_searched) + 1)
+    highest = at_least if at_most is None else min(at_most, n_searched)
+    counts = range(at_least, highest + 1)
     n_lists = sum(math.comb(n_searched, n) for n in counts)
     if not 0 < n_lists <= _MAX_ARRANGEMENTS:
         raise NotExpressible

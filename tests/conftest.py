@@ -1,10 +1,23 @@
 """Fixtures that every test may ask for, and the order of files."""
 
+import gc
 from pathlib import Path
 
 import pytest
 
 from loraplex_server.model.loading.pull import DEFAULT_BASE, DEFAULT_ENCODER, pull
+
+gc.disable()  # until all is imported and collected, whose objects live as long as the process
+
+
+def pytest_collection_finish() -> None:
+    """Leave all objects so far out of garbage collections, which then look only at a test's own."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # for the interpreter's last collection
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Two tenants of one server: one floods it, and the waits of the other are measured."""
 
-import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -74,8 +73,6 @@ def waited(calls: Sequence[Callable[[], object]], small: Callable[[], object]) -
     Return the longest wait of ``small`` as a share of the time that the calls took.
     """
     small()  # the first call loads and compiles
-    gc.collect()
-    gc.freeze()  # a full collection of this process takes half a second
     with ThreadPoolExecutor(len(calls)) as pool:
         began = time.monotonic()
         running = [pool.submit(call) for call in calls]
@@ -86,7 +83,6 @@ def waited(calls: Sequence[Callable[[], object]], small: Callable[[], object]) -
             longest_s = max(longest_s, time.monotonic() - sent)
             n_small += 1
         took_s = time.monotonic() - began
-    gc.unfreeze()
     for call in running:
         call.result()
     print(f"{n_small} calls beside {len(calls)}: {longest_s:.2f} s of {took_s:.2f} s")

@@ -78,11 +78,13 @@ class WorkerProcesses:
         answer_bytes: int = 16 << 20,
         preload: Sequence[str] = (),
         prepare: tuple[Callable[..., object], Sequence[object]] | None = None,
+        files: Sequence[int] = (),
     ) -> None:
         """``name`` is the plural of a call in errors.
 
         A process imports the modules ``preload`` and calls ``prepare`` before it is ready.
-        ``prepare`` is a function with its arguments, and has no time limit.
+        ``prepare`` is a function with its arguments, and has no time limit. A process inherits the
+        open file descriptors ``files``.
         """
         self._turns = TenantShares(name, n_workers, 1, max_waiting=max_waiting)
         self._max_wait_s = max_wait_s
@@ -93,6 +95,7 @@ class WorkerProcesses:
             orjson.dumps(first).decode(),
             *preload,
         )
+        self._files = files
         self._idle: list[_Worker] = []
         self._ending: set[asyncio.Future[int]] = set()
         self._closed = False
@@ -155,7 +158,7 @@ class WorkerProcesses:
 
     def start(self) -> None:
         """Start a process for the first ``run`` without waiting for it."""
-        self._idle.append(_Worker(self._arguments))
+        self._idle.append(_Worker(self._arguments, self._files))
 
     async def close(self) -> None:
         """End all idle processes. Busy processes end with their call."""
@@ -169,9 +172,9 @@ class WorkerProcesses:
         for dead in [worker for worker in self._idle if not worker.alive]:
             self._idle.remove(dead)
             self._end(dead)
-        worker = self._idle.pop() if self._idle else _Worker(self._arguments)
+        worker = self._idle.pop() if self._idle else _Worker(self._arguments, self._files)
         if not self._idle:
-            self._idle.append(_Worker(self._arguments))
+            self._idle.append(_Worker(self._arguments, self._files))
         return worker
 
     def _end(self, worker: _Worker) -> None:
@@ -184,7 +187,7 @@ class WorkerProcesses:
 class _Worker:
     """A process and the server's end of its socket. Started without an await, so none is lost."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], files: Sequence[int]) -> None:
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         self._ready = False
@@ -194,6 +197,7 @@ class _Worker:
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=subprocess.DEVNULL,
+                pass_fds=files,
                 env={  # without the server's secrets
                     "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
                     "OPENBLAS_NUM_THREADS": "1",  # each thread would use address space

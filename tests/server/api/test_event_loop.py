@@ -88,7 +88,6 @@ def served(
         gc.freeze()  # as the server does when it has started
         yield served
         served.close()
-        gc.unfreeze()
 
 
 def _chat(text: str, **more: object) -> dict[str, object]:

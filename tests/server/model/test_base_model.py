@@ -20,6 +20,8 @@ from loraplex_server.model.targets import group_modules
 from tests.support.bases.architectures import ARCHITECTURES, RARE_BASES, VOCAB_SIZE, tiny_model
 
 _CPU = torch.device("cpu")
+# The other rare bases are rows of tests/conformance/base_rows.py, which asks them through a server.
+_NO_ROW = {"gpt-neox", "inverse-layer-scale", "mixtral-window", "nanochat", "stablelm"}
 
 
 def _paged_logits(model: PreTrainedModel, token_ids: list[int], *, fuse: bool) -> Tensor:
@@ -57,7 +59,13 @@ def test_chunked_logits_equal_transformers_forward(model_type: str, fuse: bool) 
     _check(tiny_model(model_type), fuse=fuse)
 
 
-@pytest.mark.parametrize("name", RARE_BASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in _NO_ROW else [pytest.mark.nightly])
+        for name in RARE_BASES
+    ],
+)
 def test_a_base_with_something_of_its_own_equals_transformers_forward(name: str) -> None:
     model_type, config = RARE_BASES[name]
     model = tiny_model(model_type, **config)

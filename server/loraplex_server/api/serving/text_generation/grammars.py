@@ -9,8 +9,7 @@ from collections import OrderedDict
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple
-from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -87,7 +86,7 @@ class Grammars:
         except Exception:  # callers of ``compile`` have got this error
             return
         await compiler.workers.close()
-        compiler.folder.cleanup()
+        compiler.file.close()
 
     async def _compile(self, key: bytes, spec: GrammarSpec, tenant: str) -> CompiledGrammar | str:
         """Return the grammar, or the reason of its refusal. Raises ApiError (503)."""
@@ -129,16 +128,22 @@ class Grammars:
             return str(error)
 
     def _make_compiler(self) -> _Compiler:
-        """Called on the pool's thread. Workers read the tokenizer from a file."""
+        """Called on the pool's thread.
+
+        Workers inherit a file of the tokenizer. It has no name, so a server that is killed leaves
+        none behind.
+        """
         tokenizer = self._tokenizer.to_str()
-        folder = tempfile.TemporaryDirectory(prefix="loraplex-grammar-")
-        path = Path(folder.name) / "tokenizer.json"
-        path.write_text(tokenizer, encoding="utf-8")
-        arguments = (str(path), self._vocab_size, self._eos_token_ids)
-        workers = WorkerProcesses("grammars", prepare=(read_tokens, arguments))
+        file = tempfile.TemporaryFile()  # noqa: SIM115  until ``close``
+        file.write(tokenizer.encode())
+        file.flush()
+        arguments = (f"/dev/fd/{file.fileno()}", self._vocab_size, self._eos_token_ids)
+        workers = WorkerProcesses(
+            "grammars", prepare=(read_tokens, arguments), files=[file.fileno()]
+        )
         workers.start()
         trie = TokenTrie(tokenizer, self._vocab_size, self._eos_token_ids)
-        return _Compiler(trie, workers, arguments, folder)
+        return _Compiler(trie, workers, arguments, file)
 
 
 def check_length(text: str, param: str) -> None:
@@ -156,4 +161,4 @@ class _Compiler(NamedTuple):
     trie: TokenTrie
     workers: WorkerProcesses
     arguments: tuple[str, int, list[int]]  # arguments of ``read_tokens``
-    folder: tempfile.TemporaryDirectory[str]
+    file: IO[bytes]

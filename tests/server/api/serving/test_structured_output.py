@@ -254,8 +254,17 @@ def test_a_schema_that_is_not_strict_may_say_more_than_is_enforced(client: OpenA
         },
         {"oneOf": [{"enum": [1, 2, 3, 4, None]}, {"type": "integer", "minimum": 3, "maximum": 9}]},
         {"type": "string", "format": "uri-reference", "maxLength": 9},
+        {"type": "number", "not": {"type": "integer"}},
     ],
-    ids=["different items", "condition", "contains", "one of two", "overlapping", "format"],
+    ids=[
+        "different items",
+        "condition",
+        "contains",
+        "one of two",
+        "overlapping",
+        "format",
+        "decimals",
+    ],
 )
 def test_conditions_of_a_schema_hold(client: OpenAI, schema: dict[str, Any]) -> None:
     answers = set()

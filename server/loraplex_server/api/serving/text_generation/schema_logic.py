@@ -22,6 +22,7 @@ _MAX_DEPENDENCIES = 64
 _MAX_CHARACTERS = 400  # of texts that another text must differ from; its pattern has the square
 _MAX_SEARCHED = 8  # items of a list, from the first, in which another one is looked for
 _MAX_ARRANGEMENTS = 64  # of the items that match, within those
+_MAX_DECIMAL = 8  # of the numbers with decimals that stand for all of them
 MAX_LISTS = 2000  # of different items, written out
 _MAX_WRITTEN = 200_000  # characters of those lists
 _NAMES = frozenset({"title", "description", "$comment", "examples", "default", "deprecated"})
@@ -307,10 +308,15 @@ def _all_of(parts: Sequence[list[Schema]]) -> list[Schema]:
 
 def _not_type(types: object) -> list[Schema]:
     named = set(types if isinstance(types, list) else [types])
-    if "integer" in named:
-        named.add("number")  # a number with decimals has no schema
     rest = [one for one in _TYPES if one not in named]
-    return [{"type": rest}] if rest else []
+    if "integer" not in named or "number" in named:
+        return [{"type": rest}] if rest else []
+    rest.remove("number")
+    others: list[Schema] = [{"type": rest}] if rest else []
+    return others + [  # numbers with decimals have no schema of their own
+        {"type": "number", "exclusiveMinimum": low, "exclusiveMaximum": low + 1}
+        for low in range(-_MAX_DECIMAL, _MAX_DECIMAL)
+    ]
 
 
 def _not_required(names: list[str]) -> list[Schema]:

@@ -162,6 +162,25 @@ class AdapterImporter:
             )
             return self.put(name, adapter, options, source)
 
+    def put_stored(self, name: str, digest: str, options: PutOptions) -> AdapterCard | None:
+        """See ``AdapterStore.put_stored``."""
+        check_name(name)
+        self._state.check_open()
+        if self._local is not None:
+            return None
+        self._garbage.hold(digest)
+        try:
+            content = self._state.index.content(digest)
+            if content is None or content.base_fingerprint != self._state.base.fingerprint:
+                return None
+            report = self._state.registry.report(content)
+            with self._changes.changing_with_quota(name, options):
+                self._changes.check_put(name, content, options)
+                change = self._changes.point(name, content, report, options)
+        finally:
+            self._garbage.let_go(digest)
+        return self._cards.of_change(change, report)
+
     def put(
         self, name: str, files: AdapterFiles, options: PutOptions, source: Mapping[str, JsonValue]
     ) -> AdapterCard:

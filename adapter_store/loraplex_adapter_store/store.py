@@ -177,6 +177,14 @@ class AdapterStore:
         files = AdapterFiles(json.dumps(config).encode(), [weights], None)
         return self._importer.put(name, files, options, {"source": "generated"})
 
+    def put_stored(self, name: str, digest: str, options: PutOptions) -> AdapterCard | None:
+        """Point a name at a content that the store has for this base; None if it has none.
+
+        Stores that share a catalogue always return None: another server may delete the content.
+        Raises RevisionConflict or QuotaExceeded; then nothing changed.
+        """
+        return self._importer.put_stored(name, digest, options)
+
     def put_source(
         self,
         name: str,

@@ -208,6 +208,25 @@ def test_a_content_with_two_names_outlives_one(store: AdapterStore) -> None:
         assert seed_of(lease.plan) == 1
 
 
+def test_a_stored_content_gets_a_further_name_without_its_files(store: AdapterStore) -> None:
+    digest = put(store, "one", 1)
+    named = store.put_stored("two", digest, PutOptions(description="second"))
+    if store.is_shared:
+        assert named is None
+        return
+    assert named is not None
+    assert (named.digest, named.description, named.revision) == (digest, "second", 1)
+    assert store.get("two").to_json() == named.to_json()
+    with pytest.raises(RevisionConflict):
+        store.put_stored("two", digest, PutOptions(replace=False))
+    store.delete("one")
+    with store.acquire("two") as lease:
+        assert seed_of(lease.plan) == 1
+    store.delete("two")
+    assert store.put_stored("three", digest, PutOptions()) is None
+    assert not store.has_name("three")
+
+
 def test_releasing_twice_counts_once(store: AdapterStore) -> None:
     put(store, "x", 1)
     first, second = store.acquire("x"), store.acquire("x")

@@ -16,6 +16,7 @@ class GeneratedAdapter:
     tensors: dict[str, Tensor]  # adapter_model.safetensors, float32
     card: dict[str, object]  # provenance, JSON-ready
     system_prompt: str | None = None  # of chats that have none
+    key: str = ""  # adapters with one key have the same config and tensors
 
 
 class Generator(Protocol):

@@ -63,7 +63,7 @@ class MultiTaskAdapter:
             "asked_method": request.method,
             "base": self.base,
         }
-        return GeneratedAdapter(config, tensors, card, request.description)
+        return GeneratedAdapter(config, tensors, card, request.description, METHOD)
 
 
 def base_fingerprint(directory: Path) -> str:

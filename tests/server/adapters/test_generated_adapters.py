@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import queue
 import threading
@@ -13,6 +14,7 @@ import torch
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
 from loraplex_adapter_store.errors import RevisionConflict
+from loraplex_adapter_store.names.card import AdapterCard
 from loraplex_adapter_store.names.selector import Description
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_generation.errors import OutOfDistribution
@@ -71,6 +73,38 @@ def make(store: AdapterStore) -> Iterator[Make]:
 
 def _names(store: AdapterStore) -> list[str]:
     return [card.name for card in store.list()]
+
+
+def test_adapters_of_one_key_share_a_content_whose_files_are_written_once(
+    make: Make, store: AdapterStore, spec: BaseSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of the multi-task adapter do, which differ in their system prompts."""
+    weights = ScriptedGenerator(spec).generate(AdapterGenerationRequest("any"))
+    written: list[str] = []
+    put_tensors = store.put_tensors
+    monkeypatch.setattr(
+        store,
+        "put_tensors",
+        lambda name, *given, **options: (
+            written.append(name) or put_tensors(name, *given, **options)
+        ),
+    )
+    generated = make(ScriptedGenerator(spec))
+
+    def ensure(description: str) -> AdapterCard:
+        own = dataclasses.replace(weights, key="one", system_prompt=description)
+        return generated.ensure(AdapterGenerationRequest(description), make=lambda: own)
+
+    first, second = ensure("to French"), ensure("to German")
+    assert written == [first.name]
+    assert first.digest == second.digest
+    assert [card.defaults["system_prompt"] for card in (first, second)] == [
+        "to French",
+        "to German",
+    ]
+    for card in (first, second):
+        store.delete(card.name)
+    assert ensure("to Polish").name in written  # nothing was left to point at
 
 
 def test_an_order_becomes_a_served_adapter_that_says_where_it_came_from(
@@ -169,7 +203,7 @@ def test_an_adapter_goes_when_its_time_has_come_without_anybody_asking(
     kept = adapters.ensure(AdapterGenerationRequest("kept"), name="kept")
     late = adapters.ensure(AdapterGenerationRequest("late"), name="late", ttl_s=0.3)
     early = adapters.ensure(AdapterGenerationRequest("early"), ttl_s=0.1)
-    assert [gone.get(timeout=30), gone.get(timeout=30)] == [early.digest, late.digest]
+    assert {gone.get(timeout=30), gone.get(timeout=30)} == {early.digest, late.digest}
     assert _names(store) == [kept.name]
     adapters.close()
 

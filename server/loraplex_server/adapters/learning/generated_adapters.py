@@ -72,6 +72,7 @@ class GeneratedAdapters:
         self._ttl_s, self._quota, self._clock = ttl_s, quota, clock
         self._runs = runs
         self.stats = GenerationStats()  # written under the lock; /metrics reads without the lock
+        self._digests: dict[str, str] = {}  # by key of a generated adapter; under the lock
         self._lock = threading.Lock()  # one generation at a time, so that equal requests share it
         self._changed = threading.Condition()  # the next expiry changed, or ``close`` was called
         self._closed = False
@@ -303,12 +304,16 @@ class GeneratedAdapters:
         if adapter.system_prompt is not None:
             defaults = {"system_prompt": adapter.system_prompt, **(options.defaults or {})}
             options = replace(options, defaults=defaults)
-        return self._store.put_tensors(
-            name,
-            json.loads(json.dumps(adapter.config)),
-            adapter.tensors,
-            options=replace(options, provenance={"source": "generated", **card, **provenance}),
-        )
+        options = replace(options, provenance={"source": "generated", **card, **provenance})
+        if (digest := self._digests.get(adapter.key)) is not None:
+            stored = self._store.put_stored(name, digest, options)
+            if stored is not None:
+                return stored
+        config = json.loads(json.dumps(adapter.config))
+        put = self._store.put_tensors(name, config, adapter.tensors, options=options)
+        if adapter.key:
+            self._digests[adapter.key] = put.digest
+        return put
 
     def _refreshed(self, name: str, life_s: float) -> AdapterCard | None:
         """Renew the expiry of an adapter of this base. None if it is absent or expired."""

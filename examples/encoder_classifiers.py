@@ -79,14 +79,15 @@ def train(base: str, pairs: Pairs, folder: Path) -> None:
     targets = ["query", "value", "dense"]
     tuned = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules=targets))
     tokenizer = AutoTokenizer.from_pretrained(base)
-    texts, named = zip(*pairs, strict=True)
-    inputs = tokenizer(list(texts), return_tensors="pt", padding="longest", truncation=True)
-    inputs["labels"] = torch.tensor([labels.index(label) for label in named])
+    texts = [text for text, _ in pairs]
+    truth = torch.tensor([labels.index(label) for _, label in pairs])
     optimizer = torch.optim.AdamW((p for p in tuned.parameters() if p.requires_grad), lr=2e-3)
     tuned.train()
     for _ in range(N_EPOCHS):
         for rows in torch.randperm(len(pairs)).split(16):
-            tuned(**{name: value[rows] for name, value in inputs.items()}).loss.backward()
+            batch = [texts[row] for row in rows]
+            inputs = tokenizer(batch, return_tensors="pt", padding=True, truncation=True)
+            tuned(**inputs, labels=truth[rows]).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     tuned.save_pretrained(folder)

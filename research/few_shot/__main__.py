@@ -25,6 +25,7 @@ from loraplex_training.images.image_folder import LabelledImages, read_folder
 from .drawings import KNOWN, NEW, themselves, write_folder
 from .drawn_clip import save_drawn_clip
 
+_LR = 1e-2  # a small base needs a larger rate than the default
 METHODS = {
     "clip-lora-r2": ImageShape(),
     "clip-lora-r8": ImageShape(rank=8),
@@ -64,7 +65,9 @@ def _run(
     new: LabelledImages,
     known: LabelledImages,
 ) -> dict[str, Any]:
-    config = ImageTraining(data, data, base, "drawn-clip", METHODS[method], steps=steps, seed=seed)
+    config = ImageTraining(
+        data, data, base, "drawn-clip", METHODS[method], steps=steps, lr=_LR, seed=seed
+    )
     run = FewShot(ClipBase.load(base, "cpu"), read_folder(data), config)
     run.loop()
     accuracies = {"new": run.classify(new), "known": run.classify(known)}

@@ -27,7 +27,8 @@ class WorkerPools:
         self.reads = TenantThreads("reads", 3, 2)
         self.catalogue = TenantThreads("catalogue", 16, 8)  # reads that may wait for a bucket
         self.loads = TenantThreads("loads", 16, 8)  # from disk to host memory; may wait for memory
-        self.changes = TenantThreads("changes", 4, 3)  # checks and writes of uploads, deletions
+        # checks and writes of uploads, deletions
+        self.changes = TenantThreads("changes", 4, 3, initializer=_leave_cores_to_serving)
         self.jobs = TenantThreads("jobs", 8, 4)  # downloads, warm-ups
         self.generation = TenantThreads("generation", 1, 1)  # makes one adapter at a time
         self.batches = TenantThreads("batches", 1, 1)  # calls to the store of files and batches
@@ -46,11 +47,12 @@ class WorkerPools:
 def one_core(name: str) -> TenantThreads:
     """Return one thread that computes with low priority, on one core."""
 
-    def prepare() -> None:
-        lower_priority()
-        torch.set_num_threads(1)
+    return TenantThreads(name, 1, 1, initializer=_leave_cores_to_serving)
 
-    return TenantThreads(name, 1, 1, initializer=prepare)
+
+def _leave_cores_to_serving() -> None:
+    lower_priority()
+    torch.set_num_threads(1)  # of this thread
 
 
 async def leased(

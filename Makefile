@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 CLIENTS := .venv-clients
 
-.PHONY: serve cluster test test-cluster test-nightly research-tests test-fast check ci lint types bandit sbom unit unit-all interpreter fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check clean venv console docs wheel
+.PHONY: serve cluster test test-cluster test-nightly research-tests test-fast check ci lint types bandit sbom unit unit-all interpreter fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check images clean venv console docs wheel
 
 venv: $(STAMP)
 
@@ -145,6 +145,15 @@ load: venv
 docker-check: venv  # lints the Dockerfiles and replays the CPU image's steps in a clean venv
 	$(BIN)/hadolint Dockerfile Dockerfile.cuda
 	$(BIN)/python -m deploy.replay
+
+IMAGES := dist
+images:  # builds both images; their digests go into dist/images.txt
+	@command -v docker >/dev/null || { echo "make images needs Docker, which is not on the PATH"; exit 1; }
+	mkdir -p $(IMAGES)
+	docker build --iidfile $(IMAGES)/cpu.id --tag loraplex .
+	docker build --iidfile $(IMAGES)/cuda.id --tag loraplex:cuda --file Dockerfile.cuda .
+	printf 'loraplex %s\nloraplex:cuda %s\n' "$$(cat $(IMAGES)/cpu.id)" "$$(cat $(IMAGES)/cuda.id)" > $(IMAGES)/images.txt
+	rm $(IMAGES)/cpu.id $(IMAGES)/cuda.id
 
 native: venv
 	$(BIN)/python setup.py -q build_ext --inplace

@@ -1,6 +1,7 @@
 """The images are safe to run, and their steps work when they are carried out."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -108,3 +109,22 @@ def test_the_steps_of_the_cpu_image_work_in_a_clean_venv() -> None:
         pytest.skip("set LORAPLEX_DOCKER_CHECK=1")
     command = [sys.executable, "-m", "deploy.replay"]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+def test_make_images_asks_for_docker_and_writes_the_digests(tmp_path: Path) -> None:
+    """There is no Docker engine here: a script in its place writes each digest as Docker does."""
+    make = shutil.which("make")
+    assert make is not None
+    command = [make, "images", f"IMAGES={tmp_path / 'dist'}"]
+    without = subprocess.run(
+        command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert without.returncode == 2
+    assert "make images needs Docker" in without.stdout
+    docker = tmp_path / "docker"
+    docker.write_text('#!/bin/sh\nprintf "sha256:%s" "$5" > "$3"\n')
+    docker.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(command, cwd=ROOT, env={"PATH": path}, capture_output=True, check=True)
+    written = (tmp_path / "dist/images.txt").read_text()
+    assert written == "loraplex sha256:loraplex\nloraplex:cuda sha256:loraplex:cuda\n"

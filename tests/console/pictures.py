@@ -40,7 +40,7 @@ _README_ADAPTERS = ("json-answers", "extract-email", "pirate")
 def _asked(page: Page, prompt: str, n_tokens: int) -> None:
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.get_by_text("Settings", exact=True).click()
-    page.get_by_label("Most tokens").fill(str(n_tokens))
+    page.get_by_label("Max tokens").fill(str(n_tokens))
     page.get_by_text("Settings", exact=True).click()
     page.get_by_role("button", name="Ask all").click()
     expect(page.get_by_role("button", name="Ask all")).to_be_visible()

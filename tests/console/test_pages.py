@@ -52,7 +52,7 @@ def lanes(page: Page) -> list[str]:
 def ask_all(page: Page) -> None:
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_text("Settings", exact=True).click()
-    page.get_by_label("Most tokens").fill("24")
+    page.get_by_label("Max tokens").fill("24")
     page.get_by_role("button", name="Ask all").click()
     expect(page.get_by_role("button", name="Ask all")).to_be_visible(timeout=120_000)
 
@@ -79,6 +79,42 @@ def test_the_request_that_is_shown_gives_the_same_answer(page: Page, server: Ser
     printed: list[str] = []
     exec(code, {"print": printed.append})
     assert printed[0].strip() == lanes(page)[1].strip()
+
+
+def test_a_chat_goes_on_and_its_link_asks_the_same(page: Page, server: ServerProcess) -> None:
+    """The second question goes behind the first one and its own answer, in each column."""
+    page.goto(f"{server.url}/#/playground?adapter=pirate")
+    ask_all(page)
+    first = lanes(page)
+    page.get_by_label("go on from the answers").check()
+    page.get_by_label("Prompt", exact=True).fill("And of France?")
+    page.get_by_role("button", name="Ask all").click()
+    expect(page.get_by_role("button", name="Ask all")).to_be_visible(timeout=120_000)
+    turns = page.locator("section[aria-label^=Answer] .turn").all_inner_texts()
+    assert [turn.split("\n", 1)[1].strip() for turn in turns] == [one.strip() for one in first]
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600) as client:
+        for adapter, before, shown in zip((None, "pirate"), first, lanes(page), strict=True):
+            answer = client.chat.completions.create(
+                model="base",
+                messages=[
+                    {"role": "user", "content": PROMPT},
+                    {"role": "assistant", "content": before},
+                    {"role": "user", "content": "And of France?"},
+                ],
+                temperature=0,
+                max_tokens=24,
+                extra_body={"adapter": adapter} if adapter else {},
+            )
+            assert (answer.choices[0].message.content or "").strip() == shown.strip()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    link = page.evaluate("navigator.clipboard.readText()")
+    page.goto("about:blank")
+    page.goto(link)
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("And of France?")
+    expect(page.get_by_label("Adapter", exact=True)).to_have_value("pirate")
+    expect(page.locator("section[aria-label^=Answer]")).to_have_count(2)
 
 
 def test_auto_is_explained(page: Page, server: ServerProcess) -> None:

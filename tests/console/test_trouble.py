@@ -105,7 +105,7 @@ def test_a_stream_that_breaks_and_a_server_that_comes_back(
         page.goto(f"{server.url}/#/playground")
         page.get_by_label("Prompt", exact=True).fill("hi")
         page.get_by_text("Settings", exact=True).click()
-        page.get_by_label("Most tokens").fill("4000")
+        page.get_by_label("Max tokens").fill("4000")
         page.get_by_role("button", name="Ask all").click()
         expect(page.locator(".answer").first).not_to_contain_text("Nothing asked yet.")
         expect(page.locator(".answer").first).to_have_text(re.compile(r"[\s\S]{20}"))

@@ -9,8 +9,12 @@ export type Who =
   | { kind: "adapter"; name: string }
   | { kind: "mixture"; parts: Part[] };
 
+type Message = { role: string; content: unknown };
+export type Turn = { asked: string; answer: string };
 export type Settings = {
   prompt: string;
+  images: string[]; // data: URLs, before the text
+  followUp: boolean; // the answers shown are turns before the prompt
   system: string;
   temperature: number;
   maxTokens: number;
@@ -23,6 +27,8 @@ export type Settings = {
 
 export const DEFAULTS: Settings = {
   prompt: "",
+  images: [],
+  followUp: false,
   system: "",
   temperature: 0,
   maxTokens: 64,
@@ -55,10 +61,12 @@ type Chunk = {
 };
 
 /** The body of the request, as curl and Python would send it. Throws if JSON does not parse. */
-export function body(who: Who, model: string, settings: Settings): Record<string, unknown> {
+export function body(lane: Lane, model: string, settings: Settings): Record<string, unknown> {
+  const { who } = lane;
   const messages = [
     ...(settings.system ? [{ role: "system", content: settings.system }] : []),
-    { role: "user", content: settings.prompt },
+    ...(settings.followUp ? lane.history : []),
+    userMessage(settings),
   ];
   return {
     model,
@@ -74,6 +82,12 @@ export function body(who: Who, model: string, settings: Settings): Record<string
       : {}),
     ...(settings.tools ? { tools: parsed(settings.tools, "tools") } : {}),
   };
+}
+
+function userMessage({ prompt, images }: Settings): Message {
+  if (!images.length) return { role: "user", content: prompt };
+  const shown = images.map((url) => ({ type: "image_url", image_url: { url } }));
+  return { role: "user", content: [...shown, { type: "text", text: prompt }] };
 }
 
 function adapterOf(who: Who): { adapter?: unknown } {
@@ -111,6 +125,9 @@ export class Lane {
   finish = $state<string | null>(null);
   answered = $state<string | null>(null); // the adapter that answered
   routing = $state<Routing | null>(null);
+  history = $state<Message[]>([]); // without the system prompt
+  turns = $state<Turn[]>([]); // before the answer that is shown
+  #asked = "";
   #abort: AbortController | null = null;
 
   get title(): string {
@@ -143,6 +160,10 @@ export class Lane {
   }
 
   async run(model: string, settings: Settings): Promise<void> {
+    const request = { ...body(this, model, settings), stream: true, stream_options: { include_usage: true } };
+    if (!settings.followUp) [this.history, this.turns] = [[], []];
+    else if (this.history.length) this.turns.push({ asked: this.#asked, answer: this.text });
+    this.#asked = settings.prompt;
     this.reasoning = this.text = "";
     this.#tokens = [];
     this.error = this.firstTokenMs = this.tokensPerS = null;
@@ -154,11 +175,6 @@ export class Lane {
     const decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // a character may take several tokens
     let first = 0;
     try {
-      const request = {
-        ...body(this.who, model, settings),
-        stream: true,
-        stream_options: { include_usage: true },
-      };
       const stream = events<Chunk>("/v1/chat/completions", {
         body: request,
         signal: this.#abort.signal,
@@ -185,6 +201,7 @@ export class Lane {
         if (choice?.finish_reason) this.finish = choice.finish_reason;
         if (chunk.usage) this.nTokens = chunk.usage.completion_tokens;
       }
+      this.history.push(userMessage(settings), { role: "assistant", content: this.text });
       const spent = (performance.now() - first) / 1000;
       if (first && this.nTokens > 1 && spent > 0) this.tokensPerS = (this.nTokens - 1) / spent;
     } catch (error) {

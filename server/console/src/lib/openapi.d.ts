@@ -2257,6 +2257,8 @@ export interface components {
             generate: boolean;
             /** Guide */
             guide: boolean;
+            /** Images */
+            images: boolean;
             /** Learn */
             learn: boolean;
             /** Route */

@@ -8,6 +8,7 @@ const NOTHING: Version["features"] = {
   train: false,
   route: false,
   cluster: false,
+  images: false,
   guide: false,
 };
 

@@ -24,10 +24,9 @@ _HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
 }
-# No inline script or style, nothing of other hosts, and no frame around it.
-_CONSOLE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # noqa: E501  one header value
-# The guide also has icons in its style sheet.
-_GUIDE_POLICY = _CONSOLE_POLICY.replace("img-src 'self'", "img-src 'self' data:")
+# Of the console and the guide: no inline script or style, nothing of other hosts, no frame around it.
+# Images within a page are the icons of the guide and those of a prompt.
+_PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # noqa: E501  one header value
 _DOCS = ("/docs", "/static-offline-docs/")  # may run its own scripts
 _DOCS_POLICY = "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"  # noqa: E501  one header value
 _BODY_HEADERS = frozenset({"content-length", "content-type"})
@@ -54,10 +53,8 @@ class BrowserGuard:
                     headers.setdefault(name, value)
                 if is_page:
                     headers["content-security-policy"] = _DOCS_POLICY
-                elif is_console(scope["path"]):
-                    headers["content-security-policy"] = _CONSOLE_POLICY
-                elif is_guide(scope["path"]):
-                    headers["content-security-policy"] = _GUIDE_POLICY
+                elif is_console(scope["path"]) or is_guide(scope["path"]):
+                    headers["content-security-policy"] = _PAGE_POLICY
             await send(message)
 
         if self._checks:

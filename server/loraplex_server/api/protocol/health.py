@@ -35,6 +35,7 @@ class Features(BaseModel):
     train: bool  # POST /v1/adapters/train
     route: bool  # "auto"
     cluster: bool  # several processes: GET /v1/cluster
+    images: bool  # images in chats
     guide: bool  # the documentation at /guide
 
 

@@ -24,6 +24,7 @@ async def version(request: Request, state: State) -> Response:
         "train": state.makers.training is not None,
         "route": state.semantic is not None,
         "cluster": state.fleet is not None,
+        "images": state.text.images is not None,
         "guide": state.config.http.console and (GUIDE / "index.html").is_file(),
     }
     shown = {

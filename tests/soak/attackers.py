@@ -66,6 +66,7 @@ class Attackers:
         """Hold as many connections as the server accepts."""
         head = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
         async with AsyncExitStack() as stack:
+            stack.enter_context(self._chaos.crowded())
             for _ in range(_N_SOCKETS):
                 with suppress(OSError):
                     _, writer = await self._connect()

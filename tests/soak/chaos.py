@@ -70,6 +70,8 @@ class Chaos:
         self.left_at = 0.0  # when it last went away
         self._is_failing = False  # the disk or the catalogue
         self._failed_at = float("-inf")  # when it last did
+        self._is_crowded = False  # by connections, so that the server closes idle ones
+        self._crowded_at = float("-inf")  # when it last was
         self.longest_look_s = 0.0
         self.ledger = Ledger(names)
         self.counts: Counter[str] = Counter()
@@ -89,6 +91,18 @@ class Chaos:
             yield
         finally:
             self._is_failing, self._failed_at = False, time.monotonic()
+
+    @contextmanager
+    def crowded(self) -> Iterator[None]:
+        """Allow connections without a key to break in the block: the oldest idle one is closed.
+
+        A client may send a request at the very moment when its kept-alive connection is closed.
+        """
+        self._is_crowded = True
+        try:
+            yield
+        finally:
+            self._is_crowded, self._crowded_at = False, time.monotonic()
 
     async def run(self, n_askers: int, attacks: Sequence[tuple[Act, float]]) -> None:
         """Run until cancelled. ``attacks``: further acts, each with the seconds between two."""
@@ -332,6 +346,9 @@ class Chaos:
         """
         self.counts["broken"] += 1
         if self._was_away():
+            return
+        if self._is_crowded or self._crowded_at >= _BEGAN.get():
+            self.counts["closed in a crowd"] += 1
             return
         sending: Sending = error.request.extensions["sending"]
         if sending.seconds >= _DEADLINE_S:

@@ -1,5 +1,6 @@
 """Each page's main action, in a real browser against a real server with the default base."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -115,6 +116,25 @@ def test_a_chat_goes_on_and_its_link_asks_the_same(page: Page, server: ServerPro
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("And of France?")
     expect(page.get_by_label("Adapter", exact=True)).to_have_value("pirate")
     expect(page.locator("section[aria-label^=Answer]")).to_have_count(2)
+
+
+def test_a_file_of_questions_is_scored_side_by_side(page: Page, server: ServerProcess) -> None:
+    expected = (answer_of(server, "pirate"), "something else")
+    lines = [json.dumps({"prompt": PROMPT, "answer": answer}) for answer in expected]
+    page.goto(f"{server.url}/#/playground?adapter=pirate")
+    page.get_by_text("Settings", exact=True).click()
+    page.get_by_label("Max tokens").fill("24")
+    page.get_by_text("Evaluate a file of questions").click()
+    chooser = page.get_by_label("JSONL file")
+    bad = {"name": "bad.jsonl", "mimeType": "text/plain", "buffer": b'{"prompt": "x"}'}
+    chooser.set_input_files(bad)  # type: ignore[arg-type]
+    expect(page.get_by_text("line 1: ")).to_be_visible()
+    file = {"name": "q.jsonl", "mimeType": "text/plain", "buffer": "\n".join(lines).encode()}
+    chooser.set_input_files(file)  # type: ignore[arg-type]
+    page.get_by_role("button", name="Evaluate 2").click()
+    expect(page.get_by_role("button", name="Evaluate 2")).to_be_visible(timeout=120_000)
+    scores = page.get_by_test_id("scores").locator("tbody tr").first.locator("td")
+    assert scores.all_inner_texts()[2:] == ["0 of 2 (0 %)", "1 of 2 (50 %)"]
 
 
 def test_auto_is_explained(page: Page, server: ServerProcess) -> None:

@@ -20,7 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Line(NamedTuple):
-    """One line of a plot: a value for each phase, None where the phase served nothing."""
+    """A line of a plot has a value for each phase, and None for one that served nothing."""
 
     name: str
     values: Sequence[float | None]

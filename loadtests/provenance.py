@@ -3,8 +3,16 @@
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+
+def stamped(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the result behind the time, the machine and the commit that it comes from."""
+    time = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {"began": time, "machine": machine(), "commit": commit(), **result}
 
 
 def machine() -> dict[str, Any]:

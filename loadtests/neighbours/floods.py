@@ -23,13 +23,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
 import httpx
 
-from loadtests.provenance import commit, machine
+from loadtests.provenance import stamped
 from loadtests.systems import Loraplex, Target, started
 from loraplex_server.model.loading.pull import resolve_model
 
@@ -53,12 +52,7 @@ def main() -> None:
         system = Loraplex({"keys": keys, "max-body-size": "64MiB"})
         with started(system, resolve_model(), [], work) as target:
             phases = measure(target, options.seconds)
-    result = {
-        "began": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": machine(),
-        "commit": commit(),
-        "phases": phases,
-    }
+    result = stamped({"phases": phases})
     print(json.dumps(result, indent=1))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -15,7 +15,6 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -25,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.admin import warm_adapter
 from loadtests.client import Outcome, StreamingClient, admin_client
-from loadtests.provenance import commit, machine
+from loadtests.provenance import stamped
 from loadtests.random_adapters import write_adapters
 from loadtests.recorder import percentile
 from loadtests.scenario import AdapterSet
@@ -53,12 +52,7 @@ def main() -> None:
         written = list(write_adapters(model, adapters, work / "adapters", seed=1))
         with started(Loraplex(settings), model, written, work) as target:
             result = measure(target.url, [path.name for path in written], options.n_loads)
-    result = {
-        "began": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": machine(),
-        "commit": commit(),
-        **result,
-    }
+    result = stamped(result)
     print(json.dumps(result, indent=1))
     if options.out:
         found = json.loads(options.out.read_text()) if options.out.is_file() else {}
@@ -189,6 +183,21 @@ def device_loads(admin: httpx.Client) -> tuple[int, float]:
     }
     name = "loraplex_adapter_device_load_seconds"
     return int(values[f"{name}_count"]), values[f"{name}_sum"]
+
+
+def compared(
+    gaps: Sequence[tuple[float, float]],
+    quiet: Sequence[tuple[float, float]],
+    disturbed: Sequence[tuple[float, float]],
+) -> tuple[dict[str, float | None], dict[str, float | None], float]:
+    """Return the spread of the gaps that begin in quiet and in disturbed spans, and p99's ratio."""
+    alone, beside = (
+        spread([gap for at, gap in gaps if Intervals(spans).meets(at, at)])
+        for spans in (quiet, disturbed)
+    )
+    assert alone["p99"] is not None
+    assert beside["p99"] is not None
+    return alone, beside, round(beside["p99"] / alone["p99"], 3)
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float | None]:

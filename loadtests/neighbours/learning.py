@@ -13,7 +13,6 @@ import json
 import random
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +21,13 @@ import psutil
 
 from loadtests.admin import warm_adapter
 from loadtests.client import admin_client
-from loadtests.provenance import commit, machine
+from loadtests.provenance import stamped
 from loadtests.random_adapters import write_adapters
 from loadtests.scenario import AdapterSet
 from loadtests.systems import Loraplex, started
 from loraplex_server.model.loading.pull import resolve_model
 
-from .interference import TOKENS_OF_A_STREAM, Intervals, Streams, spread
+from .interference import TOKENS_OF_A_STREAM, Streams, compared
 
 RANK = 16
 CORES_TO_LEARN_ON = 1  # of --learning-threads
@@ -65,13 +64,7 @@ def main() -> None:
                 n_jobs=options.n_jobs,
                 budget_s=options.budget,
             )
-    told = {
-        "began": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": machine(),
-        "commit": commit(),
-        "share": options.share,
-        **result,
-    }
+    told = stamped({"share": options.share, **result})
     print(json.dumps(told, indent=1))
     if options.out:
         options.out.write_text(json.dumps(told, indent=1) + "\n")
@@ -103,13 +96,7 @@ def measure(
         learning.append((began, time.perf_counter()))
     streams.stop()
     admin.close()
-    gaps = streams.gaps()
-    alone, beside = (
-        spread([g for at, g in gaps if Intervals(spans).meets(at, at)])
-        for spans in (quiet, learning)
-    )
-    assert alone["p99"] is not None
-    assert beside["p99"] is not None
+    alone, beside, ratio = compared(streams.gaps(), quiet, learning)
     return {
         "jobs": n_jobs,
         "budget_s": budget_s,
@@ -117,7 +104,7 @@ def measure(
         "of_cores": psutil.cpu_count(),
         "gap_ms_alone": alone,
         "gap_ms_beside_learning": beside,
-        "p99_ratio": round(beside["p99"] / alone["p99"], 3),
+        "p99_ratio": ratio,
         "wanted_ratio": WANTED_RATIO,
         "steps": [job.steps for job in jobs],
         "rss_mib_before": [job.rss_before >> 20 for job in jobs],

@@ -15,7 +15,6 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
@@ -23,13 +22,13 @@ import httpx
 
 from loadtests.admin import upload_adapter, warm_adapter
 from loadtests.client import admin_client
-from loadtests.provenance import commit, machine
+from loadtests.provenance import stamped
 from loadtests.random_adapters import write_adapters
 from loadtests.scenario import AdapterSet
 from loadtests.systems import Loraplex, Target, started
 from loraplex_server.model.loading.pull import resolve_model
 
-from .interference import TOKENS_OF_A_STREAM, Intervals, Streams, spread
+from .interference import TOKENS_OF_A_STREAM, Streams, compared, spread
 
 RANK, N_CONTENTS = 16, 12  # contents that take turns, so that each push brings another one
 PUSHES_A_MINUTE = 50
@@ -52,12 +51,7 @@ def main() -> None:
         system = Loraplex({"max-model-len": 1024, "keys": keys})
         with started(system, model, [], work) as target:
             result = measure(target, written, n_rounds=options.rounds, turn_s=options.seconds)
-    result = {
-        "began": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": machine(),
-        "commit": commit(),
-        **result,
-    }
+    result = stamped(result)
     print(json.dumps(result, indent=1))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -110,13 +104,7 @@ def measure(
         pushing.append((began, time.perf_counter()))
     streams.stop()
     trainer.close()
-    gaps = streams.gaps()
-    alone, beside = (
-        spread([g for at, g in gaps if Intervals(spans).meets(at, at)])
-        for spans in (quiet, pushing)
-    )
-    assert alone["p99"] is not None
-    assert beside["p99"] is not None
+    alone, beside, ratio = compared(streams.gaps(), quiet, pushing)
     pushed_s = sum(end - start for start, end in pushing)
     return {
         "rank": RANK,
@@ -125,7 +113,7 @@ def measure(
         "push_ms": spread(calls),
         "gap_ms_alone": alone,
         "gap_ms_beside_pushes": beside,
-        "p99_ratio": round(beside["p99"] / alone["p99"], 3),
+        "p99_ratio": ratio,
         "wanted_ratio": WANTED_RATIO,
     }
 

@@ -44,7 +44,7 @@ _ENDS = b'"}]'  # likelier than other bytes, so that a text ends
 
 
 class Outcome(NamedTuple):
-    """What one schema led to."""
+    """This is what became of one schema."""
 
     refusal: str  # "" if the schema is enforced
     n_texts: int  # complete random texts

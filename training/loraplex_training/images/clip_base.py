@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ClipBase:
-    """One thread at a time."""
+    """The base and its towers. Only one thread may use it at a time."""
 
     def __init__(
         self,

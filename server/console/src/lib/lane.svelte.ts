@@ -9,8 +9,7 @@ export type Who =
   | { kind: "adapter"; name: string }
   | { kind: "mixture"; parts: Part[] };
 
-type Message = { role: string; content: unknown };
-export type Turn = { asked: string; answer: string };
+export type Message = { role: string; content: unknown };
 export type Settings = {
   prompt: string;
   images: string[]; // data: URLs, before the text
@@ -90,6 +89,12 @@ function userMessage({ prompt, images }: Settings): Message {
   return { role: "user", content: [...shown, { type: "text", text: prompt }] };
 }
 
+/** The text of a message, without its images. */
+export function textOf({ content }: Message): string {
+  if (!Array.isArray(content)) return String(content);
+  return content.map((part: { text?: string }) => part.text ?? "").join("");
+}
+
 function adapterOf(who: Who): { adapter?: unknown } {
   switch (who.kind) {
     case "base":
@@ -125,9 +130,8 @@ export class Lane {
   finish = $state<string | null>(null);
   answered = $state<string | null>(null); // the adapter that answered
   routing = $state<Routing | null>(null);
-  history = $state<Message[]>([]); // without the system prompt
-  turns = $state<Turn[]>([]); // before the answer that is shown
-  #asked = "";
+  before = $state<Message[]>([]); // turns before the answer that is shown, without the system prompt
+  history = $state<Message[]>([]); // these turns, and the last ones if they were answered
   #abort: AbortController | null = null;
 
   get title(): string {
@@ -161,9 +165,8 @@ export class Lane {
 
   async run(model: string, settings: Settings): Promise<void> {
     const request = { ...body(this, model, settings), stream: true, stream_options: { include_usage: true } };
-    if (!settings.followUp) [this.history, this.turns] = [[], []];
-    else if (this.history.length) this.turns.push({ asked: this.#asked, answer: this.text });
-    this.#asked = settings.prompt;
+    this.before = settings.followUp ? this.history : [];
+    this.history = this.before;
     this.reasoning = this.text = "";
     this.#tokens = [];
     this.error = this.firstTokenMs = this.tokensPerS = null;
@@ -201,7 +204,7 @@ export class Lane {
         if (choice?.finish_reason) this.finish = choice.finish_reason;
         if (chunk.usage) this.nTokens = chunk.usage.completion_tokens;
       }
-      this.history.push(userMessage(settings), { role: "assistant", content: this.text });
+      this.history = [...this.before, userMessage(settings), { role: "assistant", content: this.text }];
       const spent = (performance.now() - first) / 1000;
       if (first && this.nTokens > 1 && spent > 0) this.tokensPerS = (this.nTokens - 1) / spent;
     } catch (error) {

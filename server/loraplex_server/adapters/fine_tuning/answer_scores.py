@@ -40,7 +40,7 @@ _NAME_LASTS_S = 3600.0  # after a crash
 _DIGITS = 4
 
 Evaluation = dict[str, JsonValue]
-"""What a job shows: ``metric`` and ``n_answers``; ``score_before`` and ``score_after``, means
+"""A job shows ``metric`` and ``n_answers``; ``score_before`` and ``score_after``, means
 between 0 and 1; ``gain``, the mean difference with the ends of its 95 % interval. ``error`` takes
 the place of the scores if the engine or the store gave no answers."""
 

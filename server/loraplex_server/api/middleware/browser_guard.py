@@ -24,7 +24,7 @@ _HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
 }
-# Of the console and the guide: no inline script or style, nothing of other hosts, and no frame.
+# The console and the guide have no inline script or style, nothing of other hosts, and no frame.
 # Images within a page are the icons of the guide and those of a prompt.
 _PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # noqa: E501  one header value
 _DOCS = ("/docs", "/static-offline-docs/")  # may run its own scripts

@@ -9,8 +9,8 @@ A tenant's first row and the first ``_MIN_CHUNK`` tokens of its first prompt may
 so that they can be computed at all. The excess is a debt: the tenant sits out the next steps until
 its shares have paid the debt. Debts are relative: at any time some tenant with work has none.
 
-A step of a lone tenant that decodes rows takes only so many tokens of prompts that the rows get
-their next tokens within ``max_gap_s``, or within ``_MAX_TIMES`` the seconds of their own step.
+On a server of one tenant, a step that decodes rows takes only so many tokens of prompts that the
+rows get their next tokens within ``max_gap_s``, or within ``_MAX_TIMES`` the seconds of their step.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class StepBudget:
         self._whole_prompts, self._is_empty = whole_prompts, True
         self._n_tokens = n_tokens
         self._cost = cost
-        self._shares: dict[TenantQueue, _Share] = {}  # empty: a lone tenant
+        self._shares: dict[TenantQueue, _Share] = {}  # empty: the server has one tenant
         self._max_gap_s = max_gap_s
-        self._rows_s, self._prompts_s = 0.0, 0.0  # taken by a lone tenant
+        self._rows_s, self._prompts_s = 0.0, 0.0  # taken where there is one tenant
 
     def want(self, tenant: TenantQueue, request: Request) -> None:
         """Adds a request to the step that the tenant would get alone. Decoding ones come first."""

@@ -38,7 +38,7 @@ _NARROWER: Mapping[str, Schema] = {
     "json-pointer": {"pattern": "^(/([^~/]|~[01])*)*$"},
     "relative-json-pointer": {"pattern": "^(0|[1-9][0-9]*)(#|(/([^~/]|~[01])*)*)$"},
 }
-# Those that JSON Schema defines. All others are annotations.
+# JSON Schema defines these. All others are annotations.
 _DEFINED = frozenset(
     {
         *("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri"),

@@ -1,4 +1,4 @@
-"""Reads the images of requests: ``data:`` URLs and base64, decoded within limits.
+"""Reads the images of requests: ``data:`` URLs, base64 and allowed addresses, within limits.
 
     image = read_image(source, ImageLimits())  # a PIL image in RGB
 
@@ -16,12 +16,17 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from loraplex_adapter_store.errors import LimitExceeded, SourceError
+from loraplex_adapter_store.sources.prefix import SourcePrefix, canonical_uri
+from loraplex_adapter_store.sources.uri import read_web
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _DATA_URL = re.compile(r"data:(?P<type>[\w.+/-]*)(?:;[\w=.+-]+)*?(?P<base64>;base64)?,", re.I)
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SCAN = b"\xff\xda"  # begins a scan of a JPEG; a progressive JPEG has about ten
 _MAX_SCANS = 64
 _MAX_RATIO = 100  # of the sides: processors that resize the shorter one make the other huge
+_FETCH_S = 10.0  # for the whole file of a remote image
 _SHOWN = 40  # characters of a source in errors
 
 
@@ -31,6 +36,7 @@ class ImageLimits(NamedTuple):
     max_bytes: int = 10 << 20  # of the file
     max_pixels: int = 16 << 20  # width times height
     max_images: int = 32  # of a request
+    remote: tuple[SourcePrefix, ...] = ()  # web addresses below which images are fetched
 
 
 class ImageRefused(ValueError):
@@ -61,13 +67,9 @@ def read_image(source: str, limits: ImageLimits) -> Image.Image:
 
 
 def image_bytes(source: str, limits: ImageLimits) -> bytes:
-    """Return the file in a ``data:`` URL or in base64. Raises ImageRefused for remote URLs."""
+    """Return the file of a ``data:`` URL, base64 or allowed address. Raises ImageRefused."""
     if _REMOTE.match(source):
-        raise ImageRefused(
-            f"{_start_of(source)} is a remote URL, which this server does not fetch; send the "
-            "image as a data: URL",
-            "remote_image_refused",
-        )
+        return _fetched(source, limits)
     start = 0
     if source[:5].lower() == "data:":
         head = _DATA_URL.match(source[:200])
@@ -118,6 +120,29 @@ def decode_image(data: bytes, limits: ImageLimits) -> Image.Image:
         raise ImageRefused(
             f"the image is broken and cannot be decoded: {reason[:200]}", "invalid_image"
         ) from error
+
+
+def _fetched(source: str, limits: ImageLimits) -> bytes:
+    """Return the file of an allowed address. Waits for its server for at most ``_FETCH_S``."""
+    try:
+        address = canonical_uri(source)
+    except SourceError:
+        address = ""
+    if not any(prefix.covers(address) for prefix in limits.remote):
+        allowed = (
+            f"; only plain addresses below {limits.remote[0].text} are" if limits.remote else ""
+        )
+        raise ImageRefused(
+            f"{_start_of(source)} is a remote URL, which this server does not fetch{allowed}. Send "
+            "the image as a data: URL, or start the server with --allow-image-url",
+            "remote_image_refused",
+        )
+    try:
+        return read_web(address, max_bytes=limits.max_bytes, timeout_s=_FETCH_S)
+    except LimitExceeded as error:
+        raise ImageRefused(f"the image at {error}", "image_too_large") from None
+    except SourceError as error:
+        raise ImageRefused(str(error), "remote_image_unreadable") from None
 
 
 def _check_size(n_bytes: int, limits: ImageLimits) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -71,6 +72,31 @@ def fetch_web(uri: str, into: Path, limits: StoreLimits) -> tuple[LocalFiles, di
                 raise SourceError(f"cannot read {address}: {reason(error)}") from None
     provenance: dict[str, JsonValue] = {"source": "web", "uri": uri, "etags": etags}
     return read_directory(into, limits), provenance
+
+
+def read_web(address: str, *, max_bytes: int, timeout_s: float) -> bytes:
+    """Return one file of a web server. Redirects are refused.
+
+    Raises SourceError, also after ``timeout_s``, and LimitExceeded for more than ``max_bytes``.
+    """
+    import httpx
+
+    data, end = bytearray(), time.monotonic() + timeout_s
+    try:
+        with (
+            httpx.Client(follow_redirects=False, timeout=timeout_s) as client,
+            client.stream("GET", address) as response,
+        ):
+            _check(response, address)
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > max_bytes:
+                    raise LimitExceeded(f"{address} exceeds {max_bytes:,} bytes")
+                if time.monotonic() > end:
+                    raise SourceError(f"{address} took longer than {timeout_s:g} s")
+    except httpx.HTTPError as error:
+        raise SourceError(f"cannot read {address}: {reason(error)}") from None
+    return bytes(data)
 
 
 def _check(response: httpx.Response, address: str) -> None:

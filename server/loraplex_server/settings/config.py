@@ -41,6 +41,28 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _each(parse: Callable[[str], object]) -> BeforeValidator:
+    """Parse the texts of a list, or of a text with commas. Parsed items stay."""
+
+    def parse_all(value: object) -> object:
+        if isinstance(value, str):
+            items: object = [value] if value.lstrip().startswith("{") else value.split(",")
+        else:
+            items = value
+        if not isinstance(items, list | tuple):
+            return value
+        return tuple(parse(item.strip()) if isinstance(item, str) else item for item in items)
+
+    return BeforeValidator(parse_all)
+
+
+def _web_prefix(text: str) -> SourcePrefix:
+    prefix = SourcePrefix.parse(text)
+    if not prefix.text.startswith(("https://", "http://")):
+        raise ValueError(f"{text!r} is no web address; give https:// or http://, and a host")
+    return prefix
+
+
 class HttpConfig(Options, panel=Panel.HTTP):
     served_model_names: Texts = option(
         (),
@@ -119,6 +141,13 @@ class HttpConfig(Options, panel=Panel.HTTP):
         ge=1,
         le=1 << 26,
     )
+    allow_image_urls: Annotated[tuple[SourcePrefix, ...], NoDecode, _each(_web_prefix)] = option(
+        (),
+        "Fetch images of requests below this address, such as https://images.example.org. Repeat "
+        "the option for several. Without it, no image is fetched.",
+        name="allow_image_url",
+        metavar="PREFIX",
+    )
     drain_timeout_s: Seconds = option(
         30.0,
         "Let running requests finish for this number of seconds after SIGTERM.",
@@ -149,7 +178,9 @@ class HttpConfig(Options, panel=Panel.HTTP):
 
     @property
     def image_limits(self) -> ImageLimits:
-        return ImageLimits(self.max_image_bytes, self.max_image_pixels, self.max_images)
+        return ImageLimits(
+            self.max_image_bytes, self.max_image_pixels, self.max_images, self.allow_image_urls
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -174,21 +205,6 @@ class HttpConfig(Options, panel=Panel.HTTP):
 
 
 _MODULE_JSON = '{"name": …, "path": …}'
-
-
-def _each(parse: Callable[[str], object]) -> BeforeValidator:
-    """Parse the texts of a list, or of a text with commas. Parsed items stay."""
-
-    def parse_all(value: object) -> object:
-        if isinstance(value, str):
-            items: object = [value] if value.lstrip().startswith("{") else value.split(",")
-        else:
-            items = value
-        if not isinstance(items, list | tuple):
-            return value
-        return tuple(parse(item.strip()) if isinstance(item, str) else item for item in items)
-
-    return BeforeValidator(parse_all)
 
 
 def _module(text: str) -> LoraModule:

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from loraplex_adapter_store.sources.prefix import SourcePrefix
 from loraplex_server.settings.config import HttpConfig
 from tests.conformance.base_rows import BASE_ROWS
 from tests.conformance.oracle import make_peft
@@ -22,6 +23,7 @@ from tests.conformance.peft_row import PeftRow, moved
 from tests.conformance.tiny_base import app_of, save_base, tiny_engine_config
 from tests.support.bases.tiny_vision import IMAGE_ID, made_image, png, save_tiny_vision
 from tests.support.servers.served_app import served_app
+from tests.support.servers.web_folder import WebFolder, web_folder
 
 _SEES = "What is in the picture of the server that keeps one base model and many adapters?"
 _BEGUN = {"role": "assistant", "content": "It shows"}
@@ -31,10 +33,21 @@ _HTTP = HttpConfig(
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebFolder]:
+    folder = tmp_path_factory.mktemp("web")
+    (folder / "shown").mkdir()
+    made_image(3).save(folder / "shown/a.png")
+    (folder / "shown/large.bmp").write_bytes(b"BM" + bytes(20_001))
+    with web_folder(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory, web: WebFolder) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("images")
     path = save_tiny_vision("llava", folder / "base")
-    with app_of(path, folder / "state", tiny_engine_config(), _HTTP) as app, served_app(app) as url:
+    http = _HTTP.model_copy(update={"allow_image_urls": (SourcePrefix.parse(f"{web.url}/shown"),)})
+    with app_of(path, folder / "state", tiny_engine_config(), http) as app, served_app(app) as url:
         yield url
 
 
@@ -241,6 +254,50 @@ def test_an_image_that_cannot_be_read_is_refused(url: str, name: str) -> None:
     assert told in error["message"]
     assert error["param"] == "messages[0].content[2].image_url.url"
     assert code in (None, error["code"])
+
+
+def test_an_image_of_an_allowed_address_is_read(openai: OpenAI, web: WebFolder) -> None:
+    remote = [{"type": "image_url", "image_url": {"url": f"{web.url}/shown/a.png"}}]
+    text = {"type": "text", "text": _SEES}
+    fetched = _ask(openai, [{"role": "user", "content": [*remote, text]}])
+    sent = _ask(openai, _user(made_image(3), _SEES))
+    assert fetched.choices[0].message.content == sent.choices[0].message.content
+    assert fetched.usage.prompt_tokens == sent.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("/a.png", 400, "remote_image_refused"),  # beside what is allowed
+        ("/shown/../a.png", 400, "remote_image_refused"),
+        ("/shown/%2e%2e/a.png", 400, "remote_image_refused"),
+        ("/shown/b.png", 400, "remote_image_unreadable"),  # 404
+        ("/shown/large.bmp", 413, "image_too_large"),
+    ],
+)
+def test_an_address_that_may_not_or_cannot_be_read_is_refused(
+    url: str, web: WebFolder, path: str, status: int, code: str
+) -> None:
+    web.asked.clear()
+    refused = _refusal(url, web.url + path)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (status, code)
+    assert bool(web.asked) is (code != "remote_image_refused")
+
+
+def test_a_redirect_of_an_image_is_not_followed(url: str, web: WebFolder) -> None:
+    web.redirect_to = "http://127.0.0.1:1"
+    try:
+        refused = _refusal(url, f"{web.url}/shown/a.png")
+    finally:
+        web.redirect_to = None
+    assert refused.json()["error"]["code"] == "remote_image_unreadable"
+    assert "redirects" in refused.json()["error"]["message"]
+
+
+def _refusal(url: str, image: str) -> httpx.Response:
+    content = [{"type": "image_url", "image_url": {"url": image}}]
+    body = {"model": "base", "messages": [{"role": "user", "content": content}], "max_tokens": 1}
+    return httpx.post(f"{url}/v1/chat/completions", json=body)
 
 
 def test_more_images_than_a_request_may_have_are_refused(url: str) -> None:

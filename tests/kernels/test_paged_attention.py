@@ -11,7 +11,10 @@ from torch import Tensor
 
 from loraplex_kernels.cpu import native
 from loraplex_kernels.layers.model_ops import paged_attention, write_kv
-from loraplex_kernels.reference.model_ops import paged_attention_reference
+from loraplex_kernels.reference.model_ops import (
+    block_attention_reference,
+    paged_attention_reference,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -125,6 +128,32 @@ def test_decode_and_prefill_rows_equal_scaled_dot_product_attention(
             q[None], k[None], v[None], attn_mask=seen, enable_gqa=True
         )[0].transpose(0, 1)
         torch.testing.assert_close(got[rows].double(), expected, **tolerance(dtype))
+
+
+@pytest.mark.parametrize(("window", "seen_from"), [(None, None), (5, None), (30, None), (5, 40)])
+def test_queries_within_a_block_see_all_of_it(window: int | None, seen_from: int | None) -> None:
+    case = build([(70, 12)], torch.float32)
+    first, end = 50, 62  # the block's 8 last keys come after the queries
+    got = block_attention_reference(
+        case.q,
+        case.k_cache,
+        case.v_cache,
+        case.page_table[0],
+        first,
+        70,
+        scale=0.125,
+        window=window,
+        seen_from=seen_from,
+    )
+    own, place = torch.arange(first, end)[:, None], torch.arange(70)
+    seen = torch.ones(12, 70, dtype=torch.bool) if window is None else place > own - window
+    if seen_from is not None:
+        seen |= place >= seen_from
+    q, k, v = (t.transpose(0, 1)[None] for t in (case.q, case.keys[0], case.values[0]))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, scale=0.125, enable_gqa=True
+    )
+    torch.testing.assert_close(got, expected[0].transpose(0, 1), **tolerance(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

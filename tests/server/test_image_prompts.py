@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from loraplex_server.errors import ApiError
 from loraplex_server.images import ImageLimits
+from loraplex_server.model.vision.prompt_image import Block, PromptImage, prefix_key_ids
 from loraplex_server.tenant_shares import TenantThreads
 from loraplex_server.text.image_prompts import ImagePrompts
 from loraplex_server.text.text_pipeline import TextPipeline
@@ -50,3 +51,27 @@ def test_images_wait_while_others_take_the_memory(path: Path) -> None:
     assert (refused.value.status, refused.value.code) == (503, "images_busy")
     held.pop()
     assert prompts.read(sources[2], ImageLimits()).text == "<image>" * 16
+
+
+def test_keys_within_a_block_depend_on_all_of_it() -> None:
+    def keys(text: list[int], block: tuple[int, int]) -> list[int]:
+        image = PromptImage(b"digest", {}, (1, 2, 3), block=Block(*block, has_windows=True))
+        return prefix_key_ids([7, 300, 300, 300, *text], [image])
+
+    whole = (0, 6)  # as PaliGemma reads a prompt: a later word changes the first token's state
+    first, other = keys([4, 5], whole), keys([4, 6], whole)
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    own = (1, 4)  # as Gemma 3 does
+    first, other = keys([4, 5], own), keys([4, 6], own)
+    assert first[:-1] == other[:-1]
+    assert first[:1] + first[4:] == [7, 4, 5]
+
+
+def test_the_token_that_embeddings_replace_is_refused_in_texts(tmp_path: Path) -> None:
+    prompts = ImagePrompts.of(save_tiny_vision("gemma3", tmp_path))
+    assert prompts is not None
+    image = prompts.read(png(made_image(1)), ImageLimits())
+    assert prompts.expand("a <start_of_image> b", [image]) == f"a {image.text} b"
+    with pytest.raises(ApiError, match="2 placeholders '<image>'") as refused:
+        prompts.expand("a <start_of_image> <image>", [image])
+    assert refused.value.code == "image_placeholders"

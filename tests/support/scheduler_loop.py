@@ -131,7 +131,8 @@ class SchedulerLoop:
         for request, _ in failed:
             self.scheduler.finish(request)
             self.failed.append(request.id)
-        assert sum(chunk.n_tokens for chunk in chunks) <= self.max_step
+        blocks = [block.end - block.first for chunk in chunks for block in chunk.request.blocks]
+        assert sum(chunk.n_tokens for chunk in chunks) <= self.max_step + max(blocks, default=0)
         assert len({chunk.request.id for chunk in chunks}) == len(chunks)
         self.chunks = chunks
         if self._seconds_of is not None and chunks:

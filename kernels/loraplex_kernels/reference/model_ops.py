@@ -123,25 +123,68 @@ def paged_attention_reference(
 ) -> Tensor:
     """Causal attention of ``q`` [T, n_heads, D] over paged keys, request by request."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    page_size = k_cache.shape[2]
     starts, lens = query_starts.tolist(), kv_lens.tolist()
     for r, kv_len in enumerate(lens):
         rows = slice(starts[r], starts[r + 1])
         if starts[r] == starts[r + 1]:
             continue
-        place = torch.arange(kv_len, device=q.device)
-        slots = page_table[r].long()[place // page_size] * page_size + place % page_size
-        k, v = read_kv(k_cache, v_cache, slots)
-        out[rows] = _attend(q[rows], k, v, scale, window, softcap, sinks)
+        k, v = _read_request(k_cache, v_cache, page_table[r], 0, kv_len)
+        n_queries = starts[r + 1] - starts[r]
+        last = torch.arange(kv_len - n_queries, kv_len, device=q.device)[:, None]
+        place = torch.arange(kv_len, device=q.device)[None, :]
+        hidden = place > last
+        if window is not None:
+            hidden |= place <= last - window
+        out[rows] = _attend(q[rows], k, v, hidden, scale, softcap, sinks)
     return out
+
+
+def block_attention_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    pages: Tensor,
+    first: int,
+    end: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    seen_from: int | None = None,
+) -> Tensor:
+    """Attention within a block of one request, such as an image: a query sees later keys, too.
+
+    ``q`` [n, n_heads, D] are the queries at positions ``first`` to ``first + n - 1``. Each sees all
+    positions below ``end``, with ``window`` only those after its own position less ``window``, and
+    those from ``seen_from`` on. ``pages`` [max_pages] are the request's. Returns [n, n_heads, D].
+    """
+    seen_from = end if seen_from is None else seen_from
+    start = 0 if window is None else min(max(0, first - window + 1), seen_from)
+    k, v = _read_request(k_cache, v_cache, pages, start, end)
+    hidden = torch.zeros(len(q), end - start, dtype=torch.bool, device=q.device)
+    if window is not None:
+        own = torch.arange(first, first + len(q), device=q.device)[:, None]
+        place = torch.arange(start, end, device=q.device)[None, :]
+        hidden = (place <= own - window) & (place < seen_from)
+    return _attend(q, k, v, hidden, scale, softcap, None)
+
+
+def _read_request(
+    k_cache: Tensor, v_cache: Tensor, pages: Tensor, start: int, end: int
+) -> tuple[Tensor, Tensor]:
+    """Return the keys and values of a request's positions ``start`` to ``end - 1``."""
+    page_size = k_cache.shape[2]
+    place = torch.arange(start, end, device=pages.device)
+    slots = pages.long()[place // page_size] * page_size + place % page_size
+    return read_kv(k_cache, v_cache, slots)
 
 
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    hidden: Tensor,  # bool [n_queries, n_keys]: the keys that a query does not see
     scale: float,
-    window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -153,11 +196,6 @@ def _attend(
     scores = torch.einsum("ihd,jhd->hij", q.to(compute), keys) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    last = torch.arange(len(k) - n_queries, len(k), device=q.device)[:, None]
-    place = torch.arange(len(k), device=q.device)[None, :]
-    hidden = place > last
-    if window is not None:
-        hidden |= place <= last - window
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:
         sink = sinks.to(compute)[:, None, None].expand(n_heads, n_queries, 1)

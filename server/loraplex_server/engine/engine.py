@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from loraplex_adapter_store.leasing import AdapterLease
-from loraplex_server.model.vision.prompt_image import prefix_key_ids
+from loraplex_server.model.vision.prompt_image import blocks_of, prefix_key_ids
 from loraplex_server.model.vision.rope_positions import rope_positions
 
 from .adapters.adapter_packer import AdapterPacker
@@ -160,4 +160,8 @@ class Engine:
             rope=rope_positions(len(token_ids), source.images, n_virtual)
             if any(image.grid is not None for image in source.images)
             else None,
+            blocks=tuple(
+                block._replace(first=block.first + n_virtual, end=block.end + n_virtual)
+                for block in blocks_of(source.images)
+            ),
         )

@@ -1,6 +1,6 @@
 """Prepares the images of chats with the processor of a vision-language model.
 
-a template's text → one placeholder token for each image → the image's own tokens
+a template's text → one placeholder for each image → the image's own text
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from loraplex_server.errors import invalid, unavailable
 from loraplex_server.images import ImageLimits, decode_image, image_bytes
 from loraplex_server.model.errors import ModelError
 from loraplex_server.model.loading.loader import run_load
-from loraplex_server.model.vision.layouts import VisionLayout, layout_of
-from loraplex_server.model.vision.prompt_image import PromptImage
+from loraplex_server.model.vision.layouts import Sight, VisionLayout, layout_of
+from loraplex_server.model.vision.prompt_image import Block, PromptImage
 
 _MAX_BYTES = 4 << 30  # of all prepared images, of requests that wait or run
 
@@ -32,6 +32,7 @@ class ReadImage(NamedTuple):
     digest: bytes  # of the file
     inputs: Mapping[str, Tensor]  # of the tower
     text: str  # stands in place of the image's placeholder
+    n_tokens: int  # whose embeddings the tower computes
     grid: tuple[int, int] | None  # see ``PromptImage``
 
 
@@ -52,17 +53,21 @@ class ImagePrompts:
         self,
         processor: Processor,
         layout: VisionLayout,
+        image_token: str,
         image_token_id: int,
         *,
         max_bytes: int = _MAX_BYTES,
     ) -> None:
-        """``max_bytes``: of all prepared images that are held at a time."""
+        """``image_token``: the token that the tower's embeddings replace.
+
+        ``max_bytes``: of all prepared images that are held at a time.
+        """
         self._memory = _ImageMemory(max_bytes)
         self._processor, self._layout = processor, layout
         self._options: Mapping[str, object] = getattr(type(processor), "images_kwargs", None) or {}
-        self._token_id = image_token_id
-        self.token = processor.image_token
-        self.chat_template = processor.chat_template
+        self._image_token, self._token_id = image_token, image_token_id
+        self.token = processor.image_token  # the placeholder in templates
+        self.chat_template = processor.chat_template or layout.chat_template
 
     @staticmethod
     def of(path: Path, *, max_bytes: int = _MAX_BYTES) -> ImagePrompts | None:
@@ -74,12 +79,12 @@ class ImagePrompts:
         if layout is None:
             return None
         try:
-            processor, token_id = run_load(lambda: _load(path))
+            processor, token, token_id = run_load(lambda: _load(path))
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(
                 f"the image processor of {str(path)!r} cannot be loaded: {error}"
             ) from error
-        return ImagePrompts(processor, layout, token_id, max_bytes=max_bytes)
+        return ImagePrompts(processor, layout, token, token_id, max_bytes=max_bytes)
 
     def read(self, source: str, limits: ImageLimits) -> ReadImage:
         """Decode an image and prepare it. ``source``: a data URL or base64.
@@ -98,38 +103,42 @@ class ImagePrompts:
             _, height, width = prepared["image_grid_thw"][0].tolist()
             merge = self._processor.image_processor.merge_size
             grid = height // merge, width // merge
-        return ReadImage(hashlib.sha256(data).digest(), inputs, text, grid)
+        n_tokens = text.count(self._image_token)
+        return ReadImage(hashlib.sha256(data).digest(), inputs, text, n_tokens, grid)
 
-    def expand(self, ids: Sequence[int], image_ids: Sequence[Sequence[int]]) -> tuple[int, ...]:
-        """Replace each placeholder in ``ids`` by the tokens of its image.
+    def expand(self, text: str, images: Sequence[ReadImage]) -> str:
+        """Replace each placeholder in ``text`` by the text of its image.
 
         Raises ApiError (400) if the numbers of placeholders and images differ.
         """
-        n_shown = sum(token_id == self._token_id for token_id in ids)
-        if n_shown != len(image_ids):
+        first, *others = text.split(self.token)
+        word, n_shown = self.token, len(others)
+        if self._image_token != self.token and self._image_token in text:
+            word, n_shown = self._image_token, n_shown + text.count(self._image_token)
+        if n_shown != len(images):
             raise invalid(
-                f"the chat has {len(image_ids)} images, and its prompt {n_shown} placeholders "
-                f"{self.token!r}: leave this word out of texts, and let the chat template write "
+                f"the chat has {len(images)} images, and its prompt {n_shown} placeholders "
+                f"{word!r}: leave this word out of texts, and let the chat template write "
                 "it for each image",
                 "messages",
                 "image_placeholders",
             )
-        own = iter(image_ids)
-        parts = (next(own) if token_id == self._token_id else (token_id,) for token_id in ids)
-        return tuple(itertools.chain.from_iterable(parts))
+        pairs = zip((image.text for image in images), others, strict=True)
+        return first + "".join(itertools.chain.from_iterable(pairs))
 
     def placed(self, ids: Sequence[int], images: Sequence[ReadImage]) -> tuple[PromptImage, ...]:
         """Return the images with the positions of their placeholders in ``expand``'s result."""
         positions = iter([at for at, token_id in enumerate(ids) if token_id == self._token_id])
-        return tuple(
-            PromptImage(
-                image.digest,
-                image.inputs,
-                tuple(itertools.islice(positions, image.text.count(self.token))),
-                image.grid,
-            )
-            for image in images
-        )
+        placed = []
+        for image in images:
+            own = tuple(itertools.islice(positions, image.n_tokens))
+            block = {
+                Sight.NONE: None,
+                Sight.IMAGE: Block(own[0], own[-1] + 1, has_windows=True),
+                Sight.PROMPT: Block(0, len(ids), has_windows=False),
+            }[self._layout.sight]
+            placed.append(PromptImage(image.digest, image.inputs, own, image.grid, block))
+        return tuple(placed)
 
 
 class _ImageMemory:
@@ -160,10 +169,9 @@ class _ImageMemory:
 class _PatchProcessor:
     """The processor of Qwen-VL without its part for videos, which needs more packages."""
 
-    def __init__(self, path: Path, image_token_id: int) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer
+    def __init__(self, path: Path, tokenizer: Any, image_token_id: int) -> None:
+        from transformers import AutoImageProcessor
 
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         self.image_processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
         self.image_token = str(tokenizer.convert_ids_to_tokens(image_token_id))
         self.chat_template = tokenizer.chat_template
@@ -173,27 +181,36 @@ class _PatchProcessor:
         return self.image_token * (n_patches // int(self.image_processor.merge_size) ** 2)
 
 
-def _load(path: Path) -> tuple[Processor, int]:
-    from transformers import AutoConfig, AutoProcessor
+def _load(path: Path) -> tuple[Processor, str, int]:
+    """Return the processor, and the token that embeddings replace with its id."""
+    from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    token_id = int(config.image_token_id)
+    token = str(tokenizer.convert_ids_to_tokens(token_id))
+    return _processor(path, config, tokenizer), token, token_id
+
+
+def _processor(path: Path, config: Any, tokenizer: Any) -> Processor:
+    from transformers import AutoImageProcessor, AutoProcessor, Idefics3Processor
+
     if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
-        return _PatchProcessor(path, config.image_token_id), config.image_token_id
+        return _PatchProcessor(path, tokenizer, config.image_token_id)
     if config.model_type != "smolvlm":
-        return AutoProcessor.from_pretrained(path, local_files_only=True), config.image_token_id
-    from transformers import AutoImageProcessor, AutoTokenizer, Idefics3Processor
+        processor: Processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+        return processor
 
     # SmolVLM's own processor needs packages for videos. Its images are those of Idefics3.
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     vision = config.vision_config
     n_patches = (vision.image_size // vision.patch_size) ** 2
-    processor = Idefics3Processor(
+    made: Processor = Idefics3Processor(
         AutoImageProcessor.from_pretrained(path, local_files_only=True),
         tokenizer,
         image_seq_len=n_patches // config.scale_factor**2,
         chat_template=tokenizer.chat_template,
     )
-    return processor, config.image_token_id
+    return made
 
 
 def as_parts(

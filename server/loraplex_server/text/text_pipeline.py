@@ -217,7 +217,7 @@ class TextPipeline:
             images.append(await threads.run(tenant, partial(read, source)))
             if isinstance(images[-1], ImageRefused):
                 break
-            n_tokens += images[-1].text.count(processor.token)
+            n_tokens += images[-1].n_tokens
             if self._max_tokens is not None and n_tokens > self._max_tokens:
                 raise invalid(
                     f"the first {len(images)} images take {n_tokens} tokens, the context holds "
@@ -284,15 +284,16 @@ class TextPipeline:
 
     def _encode_rendered(self, text: str, images: Sequence[ReadImage]) -> tuple[int, ...]:
         """Return the ids of a rendered chat. Processors of images add the token of the beginning
-        unless the template does; tokenizers leave it to the template.
+        unless the template does, be it behind images; tokenizers leave it to the template.
         """
-        bos = self._chat.bos_token
-        special = self.images is not None and not (bos and text.startswith(bos))
+        special = False
+        if self.images is not None:
+            bos = self._chat.bos_token
+            special = not (bos and text.replace(self.images.token, "").startswith(bos))
+        if self.images is not None and images:
+            text = self.images.expand(text, images)
         (ids,) = self._encode_all([(text, None)], add_special_tokens=special)
-        if self.images is None or not images:
-            return ids
-        own = self._encode_all([(i.text, None) for i in images], add_special_tokens=False)
-        return self.images.expand(ids, own)
+        return ids
 
     def _encode_all(
         self, inputs: Sequence[TextPair], add_special_tokens: bool

@@ -13,6 +13,7 @@ from loraplex_adapter_store.errors import LimitExceeded, UnsupportedAdapter
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, Family, ModulePlan
 from loraplex_server.engine.adapters.capabilities import EngineCapabilities
 from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.vision.layouts import Sight
 from tests.support.adapters.routed_plans import lora_plan, mixlora_plan
 from tests.support.bases.architectures import ARCHITECTURES, tiny_model
 
@@ -81,6 +82,16 @@ def test_a_weight_in_place_of_something_that_is_no_linear_is_refused_by_name(
 ) -> None:
     plan = replace(_plan({}), replaced_weights={"model.rotary_emb": torch.ones(4)})
     assert "model.rotary_emb.weight" in _refusal(capabilities, plan)
+
+
+def test_an_activated_adapter_is_refused_where_all_tokens_of_a_prompt_see_one_another(
+    capabilities: EngineCapabilities,
+) -> None:
+    plan = replace(_plan({_Q: ModulePlan(bias=torch.ones(64))}), invocation=(1,))
+    capabilities.check(plan)
+    assert "reads a prompt with images at once" in _refusal(
+        replace(capabilities, sight=Sight.PROMPT), plan
+    )
 
 
 def test_a_prefix_for_another_depth_is_refused(capabilities: EngineCapabilities) -> None:

@@ -1,10 +1,12 @@
 """Scheduling: budget, preemption, fairness, bypass; nothing lost, nothing leaked."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_server.engine.requests.request import RequestStatus
 from loraplex_server.engine.scheduling.scheduler import MAX_BYPASS
+from loraplex_server.model.vision.prompt_image import Block
 from tests.support.scheduler_loop import SchedulerLoop
 
 
@@ -20,6 +22,29 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
         n_steps += 1
     assert n_steps == 3  # 7 tokens beside the decoding request, three times
     assert short.n_output == before + n_steps
+
+
+@pytest.mark.parametrize(
+    ("block", "ends"),
+    [
+        ((5, 11), [5, 12, 19, 20]),  # 7 tokens beside the decoding request; the block is not cut
+        ((2, 18), [2, 18, 20]),  # exceeds a step
+        ((0, 20), [20]),
+    ],
+)
+def test_tokens_that_see_one_another_are_computed_together(
+    block: tuple[int, int], ends: list[int]
+) -> None:
+    harness = SchedulerLoop(max_step=8)
+    harness.add("short", n_prompt=2, max_tokens=20)
+    harness.step()
+    image = harness.add("image", n_prompt=20, max_tokens=1)
+    image.blocks = (Block(*block, has_windows=True),)
+    found = []
+    while image.status is not RequestStatus.FINISHED:
+        assert "short" in harness.step()
+        found.append(image.n_computed)
+    assert found == ends
 
 
 def test_running_requests_are_preempted_youngest_first_and_nothing_is_lost() -> None:

@@ -14,6 +14,10 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessorPil,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessorPil,
@@ -25,6 +29,9 @@ from transformers import (
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -33,6 +40,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    SiglipImageProcessorPil,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     SmolVLMImageProcessorPil,
@@ -115,6 +123,8 @@ def processor_of(folder: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if model_type.startswith("qwen"):
         return _QwenProcessor(AutoImageProcessor.from_pretrained(folder), tokenizer)
+    if model_type == "paligemma":
+        return _PaliGemmaChats(AutoProcessor.from_pretrained(folder))
     if model_type != "smolvlm":
         return AutoProcessor.from_pretrained(folder)
     return Idefics3Processor(
@@ -145,6 +155,90 @@ def _llava_config(kind: Any, **options: Any) -> Any:
         image_token_id=IMAGE_ID,
         **options,
     )
+
+
+def _gemma_config(kind: Any, text: str, n_words: int, patch: int, **options: Any) -> Any:
+    return kind(
+        vision_config={
+            **_VISION,
+            "model_type": "siglip_vision_model",
+            "vision_use_head": False,
+            "patch_size": patch,
+        },
+        text_config={
+            **_TEXT,
+            "model_type": text,
+            "vocab_size": n_words,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "bos_token_id": 1,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 12,  # shorter than an image
+        },
+        **options,
+    )
+
+
+def _gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
+    tokenizer = _tokenizer("<start_of_image>", "<end_of_image>")
+    for name, token in (("boi", "<start_of_image>"), ("eoi", "<end_of_image>"), ("image", IMAGE)):
+        tokenizer._set_model_specific_special_tokens({f"{name}_token": token})
+    config = _gemma_config(
+        Gemma3Config,
+        "gemma3_text",
+        len(tokenizer),
+        patch=_PATCH // 2,  # four patches are averaged to a token
+        image_token_id=IMAGE_ID,
+        mm_tokens_per_image=_SEQUENCE * 4,
+    )
+    processor = Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": _SIDE, "width": _SIDE}),
+        tokenizer,
+        chat_template=_TEMPLATE.replace(IMAGE, "<start_of_image>"),
+        image_seq_length=_SEQUENCE * 4,
+    )
+    return Gemma3ForConditionalGeneration(config), processor
+
+
+def _paligemma() -> tuple[PreTrainedModel, ProcessorMixin]:
+    tokenizer = _tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.chat_template = None
+    images = SiglipImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
+    images.image_seq_length = _SEQUENCE * 4
+    processor = PaliGemmaProcessor(images, tokenizer)  # adds tokens
+    config = _gemma_config(
+        PaliGemmaConfig,
+        "gemma2",
+        len(tokenizer),
+        patch=_PATCH,
+        image_token_index=IMAGE_ID,
+        projection_dim=_TEXT["hidden_size"],
+        hidden_size=_TEXT["hidden_size"],
+    )
+    return PaliGemmaForConditionalGeneration(config), processor
+
+
+class _PaliGemmaChats:
+    """PaliGemma's processor, which has no chat template and takes no text without images."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def apply_chat_template(self, chat: Any, **_: Any) -> str:
+        return "".join(
+            IMAGE if part["type"] == "image" else part["text"]
+            for message in chat
+            for part in message["content"]
+        )
+
+    def __call__(self, *, text: list[str], images: Any, return_tensors: str) -> Any:
+        if images is not None:
+            inputs = self._processor(text=text, images=images, return_tensors=return_tensors)
+            inputs.pop("labels")
+            return inputs
+        tokenizer = self._processor.tokenizer
+        return tokenizer(f"{tokenizer.bos_token}{text[0]}\n", return_tensors=return_tensors)
 
 
 def _llava() -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -244,6 +338,8 @@ _MADE: Mapping[str, Callable[[], tuple[PreTrainedModel, Any]]] = {
     "smolvlm": lambda: _idefics3_like(
         SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil
     ),
+    "gemma3": _gemma3,
+    "paligemma": _paligemma,
     "qwen2_5_vl": lambda: _qwen_vl(
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,

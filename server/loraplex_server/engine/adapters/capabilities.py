@@ -19,6 +19,7 @@ from loraplex_server.model.encoder.encoder import Encoder
 from loraplex_server.model.layers.tensor_parallel import ShardLayout
 from loraplex_server.model.targets import routable_modules
 from loraplex_server.model.trunk import Trunk
+from loraplex_server.model.vision.layouts import Sight
 
 _EMBEDDING_FIELDS = frozenset({"a", "b"})
 _EXPERT_FIELDS = frozenset({"a", "b", "out_scale", "bias"})
@@ -39,6 +40,7 @@ class EngineCapabilities:
     n_layers: int
     max_rank: int = MAX_RANK
     layout: ShardLayout | None = None  # of a base that is cut over several ranks
+    sight: Sight = Sight.NONE  # of prompts with images
     is_encoder: bool = False  # it computes whole texts or images without a KV cache
     classifies: bool = True  # False: an encoder whose features are embeddings, as CLIP's
     # Modules before an encoder's classifier that its checkpoint lacks, and classifiers must bring.
@@ -72,6 +74,7 @@ class EngineCapabilities:
             stacked=model.stacked,
             routable=model.routable,
             layout=None if model.shard is None else model.shard.layout,
+            sight=_sight_of(model),
             is_encoder=isinstance(model, Encoder),
             classifies=not isinstance(model, Encoder) or bool(model.spec.classifier),
             lacking=model.lacking if isinstance(model, Encoder) else frozenset(),
@@ -129,6 +132,8 @@ class EngineCapabilities:
                 yield f"{name}: no norm of this base"
         if plan.head is not None and plan.head.task not in _HEAD_TASKS:
             yield f"head: task {plan.head.task!r}"
+        if self.sight is Sight.PROMPT and plan.invocation is not None:
+            yield "alora_invocation_tokens: this base reads a prompt with images at once"
         if self.is_encoder:
             yield from self._encoder_problems(plan)
         if self.layout is not None:
@@ -158,6 +163,12 @@ class EngineCapabilities:
                 if name in whole.modules:
                     yield f"{name}: experts and plain factors on one module"
                 yield from _unsupported_fields(f"{name} of expert {index}", module, _EXPERT_FIELDS)
+
+
+def _sight_of(model: Trunk) -> Sight:
+    if isinstance(model, Encoder) or model.images is None:
+        return Sight.NONE
+    return model.images.layout.sight
 
 
 def _stacked_of(spec: BaseSpec) -> frozenset[str]:

@@ -15,6 +15,7 @@ import numpy as np
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
+from loraplex_server.model.vision.prompt_image import Block
 from loraplex_server.model.vision.rope_positions import RopePositions
 
 from .client import GenerationRequest, Listener
@@ -199,6 +200,7 @@ class Request:
     n_sent: int = 0  # tokens of the output that were sent
     prompt_key_ids: list[int] | None = None  # in place of a prompt with images, in ``key_ids``
     rope: RopePositions | None = None  # of images whose positions have axes
+    blocks: tuple[Block, ...] = ()  # ascending; virtual tokens count
     guesses: Guesses | None = None  # source of drafts
     n_drafted: int = 0  # drafts that steps verified
     n_accepted: int = 0  # drafts that became tokens of the answer
@@ -247,6 +249,17 @@ class Request:
         """
         end = self.n_tokens if start >= self.adapter_from else self.adapter_from
         return min(end, self.n_tokens) - start
+
+    def without_cut(self, start: int, n_tokens: int) -> int:
+        """Return the number of tokens, near ``n_tokens``, of a chunk that divides no block.
+
+        The chunk ends before a block that it cannot hold. If it starts with that block, it has the
+        whole block, and thus more than ``n_tokens``. 0 stays 0.
+        """
+        for first, end, _ in self.blocks if n_tokens else ():
+            if first < start + n_tokens < end:
+                return first - start if first > start else end - start
+        return n_tokens
 
     @property
     def queue_s(self) -> float:

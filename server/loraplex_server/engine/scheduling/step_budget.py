@@ -115,7 +115,8 @@ class StepBudget:
     def take(self, tenant: TenantQueue, request: Request) -> int:
         """Take as many of the request's next tokens as fit, and return their number.
 
-        Unless the tenant has debts, some tokens of its first row and of its first prompt fit.
+        Unless the tenant has debts, some tokens of its first row and of its first prompt fit. A
+        block of tokens that see one another is never divided, even if it exceeds the step.
         """
         start = request.n_computed
         n_wanted = request.n_together(start)
@@ -124,10 +125,10 @@ class StepBudget:
             n_tokens = n_wanted if self._is_empty else 0
         share = self._shares.get(tenant)
         if share is not None and n_tokens:
-            n_tokens = self._fitting(share, start, n_tokens)
+            n_tokens = request.without_cut(start, self._fitting(share, start, n_tokens))
             share.left_s -= self._cost.chunk_s(start, n_tokens)
         elif share is None and not self._whole_prompts and n_tokens:
-            n_tokens = self._take_alone(start, n_tokens)
+            n_tokens = request.without_cut(start, self._take_alone(start, n_tokens))
         self._is_empty = self._is_empty and n_tokens == 0
         self.n_left = max(0, self.n_left - n_tokens)
         return n_tokens

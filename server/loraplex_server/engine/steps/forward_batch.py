@@ -14,7 +14,7 @@ from loraplex_kernels.layers.flashinfer_attention import FlashInferAttention, Pl
 from loraplex_server.engine.memory.kv_cache import KvCache
 from loraplex_server.engine.requests.request import Request
 from loraplex_server.engine.scheduling.scheduler import ScheduledChunk
-from loraplex_server.model.layers.forward_context import ForwardContext
+from loraplex_server.model.layers.forward_context import BlockRows, ForwardContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,7 @@ class ForwardBatch:
     own_rows: Mapping[str, Tensor] = field(default_factory=dict)  # int64, see ``build_batch``
     planned_attention: PlannedAttention | None = None
     rope_positions: Tensor | None = None  # int64 [3, n_rows], if a request has images with axes
+    blocks: tuple[BlockRows, ...] = ()
 
     def bind(self, step: ForwardContext) -> None:
         """Copies positions, slots and page tables into the step. Adapters are set elsewhere."""
@@ -67,7 +68,7 @@ class ForwardBatch:
         step.page_table, step.query_starts = self.page_table, self.query_starts
         step.kv_lens, step.logits_rows = self.kv_lens, None
         step.planned_attention = self.planned_attention
-        step.rope_positions = self.rope_positions
+        step.rope_positions, step.blocks = self.rope_positions, self.blocks
 
 
 def build_batch(
@@ -141,6 +142,7 @@ def build_batch(
         if flashinfer is None
         else PlannedAttention(flashinfer, n_tokens, kv_lens, named["page_table"]),
         own_rows=dict(zip(own, on_device, strict=True)),
+        blocks=_block_rows(chunks, query_starts),
         **named,
     )
 
@@ -169,6 +171,21 @@ def _rope_positions(chunk: ScheduledChunk) -> NDArray[np.int64]:
     if rope is not None:
         return rope.of(chunk.start, chunk.n_rows)
     return np.tile(np.arange(chunk.start, chunk.start + chunk.n_rows), (3, 1))
+
+
+def _block_rows(
+    chunks: Sequence[ScheduledChunk], query_starts: NDArray[np.int64]
+) -> tuple[BlockRows, ...]:
+    """Return the rows within blocks. A chunk that has tokens of a block has its last one."""
+    blocks = []
+    for index, (chunk, row) in enumerate(zip(chunks, query_starts[:-1].tolist(), strict=True)):
+        for block in chunk.request.blocks:
+            if chunk.start < block.end and block.first < chunk.start + chunk.n_tokens:
+                first = max(block.first, chunk.start)
+                rows = slice(row + first - chunk.start, row + block.end - chunk.start)
+                seen_from = block.end if block.has_windows else block.first
+                blocks.append(BlockRows(rows, index, first, block.end, seen_from))
+    return tuple(blocks)
 
 
 def _virtual_rows(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraplex_kernels.layers.model_ops import paged_attention, write_kv
+from loraplex_kernels.reference.model_ops import block_attention_reference
 from loraplex_server.model.tracing.call_recorder import AttentionSpec
 
 from .forward_context import ForwardContext
@@ -55,6 +56,19 @@ class LayerAttention:
             planned=step.planned_attention,
             batch_invariant=step.batch_invariant,
         )
+        for block in step.blocks:
+            out[block.rows] = block_attention_reference(
+                q[block.rows],
+                self.keys,
+                self.values,
+                step.page_table[block.request],
+                block.first,
+                block.end,
+                scale=spec.scale,
+                window=spec.window,
+                softcap=spec.softcap,
+                seen_from=block.seen_from,
+            )
         return out[..., : spec.v_head_dim]
 
 

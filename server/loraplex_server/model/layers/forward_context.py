@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +83,16 @@ class FallbackRows:
     parts: FallbackParts
 
 
+class BlockRows(NamedTuple):
+    """The rows of a step that see the whole block of their prompt, such as an image."""
+
+    rows: slice
+    request: int  # row of ``page_table``
+    first: int  # position of the first row
+    end: int  # position behind the block, whose last tokens are in this step
+    seen_from: int  # windows of layers hide no position from here on
+
+
 @dataclass(slots=True)
 class ForwardContext:
     """The inputs of a step. The runner writes them; the modules of the model only read them."""
@@ -94,6 +105,7 @@ class ForwardContext:
     kv_lens: Tensor = field(default_factory=_no_int32)  # [n_requests], this step included
     # int64 [n, length] each: the rows of an encoder's texts, grouped by length
     texts: tuple[Tensor, ...] = ()
+    blocks: tuple[BlockRows, ...] = ()  # of prompts with images that are not causal
     planned_attention: PlannedAttention | None = None  # of FlashInfer, for this step
     batch_invariant: bool = False  # the same bits in every batch, on a GPU
     segments: LoraSegments | None = None  # None = no row has low-rank factors

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,14 @@ from loraplex_server.model.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+class Sight(Enum):
+    """The later tokens that the tokens of a prompt with images see."""
+
+    NONE = "none"  # causal
+    IMAGE = "image"  # those of an image see all of the image
+    PROMPT = "prompt"  # all see the whole prompt, even beyond a sliding window
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +34,9 @@ class VisionLayout:
     # The tiles of an image of that height and width, whose pixels are [1, n_tiles, 3, h, w]. None:
     # an image is one picture [1, 3, h, w].
     n_tiles: Callable[[PretrainedConfig, tuple[int, int]], int] | None = None
+    sight: Sight = Sight.NONE
+    # The chat template of checkpoints that have none.
+    chat_template: str | None = None
 
 
 def _one_tile(config: PretrainedConfig, size: tuple[int, int]) -> int:
@@ -49,6 +61,15 @@ _IDEFICS3 = VisionLayout(
 
 _QWEN_VL = VisionLayout(("model.visual",), ("pixel_values", "image_grid_thw"))
 
+# As transformers' processor joins a chat's parts: images, <bos>, the text and a newline.
+_PALIGEMMA_CHAT = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}{{ bos_token }}"
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{ '\\n' }}{% endfor %}"
+)
+
 VISION_LANGUAGE: Mapping[str, VisionLayout] = {
     "llava": VisionLayout(_LLAVA, ("pixel_values",)),
     "llava_next": VisionLayout(
@@ -56,6 +77,10 @@ VISION_LANGUAGE: Mapping[str, VisionLayout] = {
     ),
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,
+    "gemma3": VisionLayout(_LLAVA, ("pixel_values",), sight=Sight.IMAGE),
+    "paligemma": VisionLayout(
+        _LLAVA, ("pixel_values",), sight=Sight.PROMPT, chat_template=_PALIGEMMA_CHAT
+    ),
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
 }

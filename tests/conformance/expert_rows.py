@@ -127,7 +127,10 @@ def _mixlora(
 
 
 def _plain(a: Tensor, b: Tensor) -> Forward:
-    return lambda module, x: F.linear(x, module.weight) + _SCALE * F.linear(F.linear(x, a), b)
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        return F.linear(x, module.weight, module.bias) + _SCALE * F.linear(F.linear(x, a), b)
+
+    return forward
 
 
 def _routed(

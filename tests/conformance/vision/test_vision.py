@@ -5,13 +5,14 @@ The oracle reads the same images through the model's own processor.
 
 import asyncio
 import copy
+import json
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import peft
@@ -22,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from tests.conformance.expert_rows import EXPERT_ROWS
 from tests.conformance.load import put_upload
-from tests.conformance.oracle import make_peft
+from tests.conformance.oracle import make_peft, patched
+from tests.conformance.own_row import Random
 from tests.conformance.peft_row import PeftRow, moved
 from tests.conformance.tiny_base import serving
 from tests.conformance.vision.vision_rows import VISION_ROWS, VisionRow
@@ -128,12 +131,39 @@ def _served(row: VisionRow, folder: Path) -> _Served:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             models[name] = make_peft(adapter, copy.deepcopy(base), folder / name)
+    if row.has_silu:
+        models["mixlora"] = _save_mixlora(row, base, folder / "mixlora")
     if row.earlier_names:
         models["earlier-names"] = models["all-linear"]
         _rename(folder / "all-linear", folder / "earlier-names", row.earlier_names)
     cases = [_Case(c.text, c.images, name) for name in models for c in _CASES]
     answers = asyncio.run(_ask_all(path, folder, list(models), cases))
     return _Served(base, processor_of(path), models, answers)
+
+
+class _TextModel:
+    """A language model within a base, by the names of a base that has no tower."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.config, self._decoder = base.config.get_text_config(), base.get_decoder()
+
+    def get_submodule(self, name: str) -> torch.nn.Module:
+        module: torch.nn.Module = self._decoder.get_submodule(name.removeprefix("model."))
+        return module
+
+
+def _save_mixlora(row: VisionRow, base: PreTrainedModel, folder: Path) -> torch.nn.Module:
+    """Save experts on the language model, and return the base with their published formula."""
+    (own,) = (each for each in EXPERT_ROWS if each.id == "mixlora")
+    adapter = own.build(cast(PreTrainedModel, _TextModel(base)), Random(row.id))
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(dict(adapter.config)))
+    save_file(dict(adapter.tensors), folder / "adapter_model.safetensors")
+    trunk = f"model.{row.trunk}."
+    forwards = {
+        name.replace("model.", trunk, 1): forward for name, forward in adapter.forwards.items()
+    }
+    return patched(base, forwards)
 
 
 def _rename(source: Path, target: Path, names: Sequence[tuple[str, str]]) -> None:
@@ -230,7 +260,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             marks=[pytest.mark.nightly] if row.nightly else [],
         )
         for row in VISION_ROWS
-        for name in ("", *_configs(row), *(["earlier-names"] if row.earlier_names else []))
+        for name in (
+            "",
+            *_configs(row),
+            *(["mixlora"] if row.has_silu else []),
+            *(["earlier-names"] if row.earlier_names else []),
+        )
     ],
 )
 def test_chats_with_images_are_answered_as_transformers_and_peft_answer(

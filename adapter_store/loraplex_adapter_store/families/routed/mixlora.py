@@ -12,7 +12,7 @@ Published keys ``mixlora.layers.{i}.mlp.{p}.experts.{e}.lora_A.weight`` and
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from loraplex_adapter_store.base_spec import BaseSpec
@@ -27,7 +27,7 @@ from loraplex_adapter_store.families.extras import fold_with_extras
 from loraplex_adapter_store.families.module_groups import Parts, module_group
 from loraplex_adapter_store.families.scaling import lora_scale, scale_rule
 from loraplex_adapter_store.files.adapter_config import AdapterConfig
-from loraplex_adapter_store.files.targets import expand_targets, layer_index
+from loraplex_adapter_store.files.targets import layer_index, targets_among
 from loraplex_adapter_store.plan import ExpertPlan, Family, ModulePlan, RoutingStrategy
 
 _KEY = re.compile(
@@ -178,8 +178,15 @@ def _sort_key(
 
 def _blocks(base: BaseSpec, layer: int) -> list[str]:
     """Return the attention and MLP blocks of one layer, as "model.layers.0.mlp"."""
-    parents = (name.rpartition(".")[0] for name in base.modules if layer_index(name) == layer)
+    modules = _trunk_modules(base)
+    parents = (name.rpartition(".")[0] for name in modules if layer_index(name) == layer)
     return list(dict.fromkeys(parents))
+
+
+def _trunk_modules(base: BaseSpec) -> Sequence[str]:
+    """Return the language model's linears. A tower has layers of the same numbers."""
+    trunk = base.input_embedding.rpartition(".")[0]
+    return [name for name in base.modules if name.startswith(f"{trunk}.")] or [*base.modules]
 
 
 def _check_mixlora(context: ReadContext, keys: _Keys, n_experts: int) -> None:
@@ -200,12 +207,12 @@ def _check_mixlora(context: ReadContext, keys: _Keys, n_experts: int) -> None:
 
 def _targets(context: ReadContext) -> frozenset[str]:
     """Expand the targets. Legacy configs name MLP projections w1_proj, w2_proj and w3_proj."""
-    names = context.config.names("target_modules")
-    if isinstance(names, str) or names is None:
-        return expand_targets(context.config, context.base)
-    renamed: list[str] = [_LEGACY_NAMES.get(name, name) for name in names]
-    config = context.config.overridden_by(AdapterConfig({"target_modules": renamed}))
-    return expand_targets(config, context.base)
+    config, modules = context.config, _trunk_modules(context.base)
+    names = config.names("target_modules")
+    if names is not None and not isinstance(names, str):
+        renamed: list[str] = [_LEGACY_NAMES.get(name, name) for name in names]
+        config = config.overridden_by(AdapterConfig({"target_modules": renamed}))
+    return targets_among(config, context.base, (*modules, *context.base.embeddings))
 
 
 def _require_same(what: str, wanted: frozenset[str], stored: frozenset[str]) -> None:

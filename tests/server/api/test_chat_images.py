@@ -265,6 +265,20 @@ def test_an_image_of_an_allowed_address_is_read(openai: OpenAI, web: WebFolder) 
     assert fetched.usage.prompt_tokens == sent.usage.prompt_tokens
 
 
+def test_anthropic_images_of_an_allowed_address_are_read(url: str, web: WebFolder) -> None:
+    def n_tokens(**source: str) -> int:
+        image = {"type": "image", "source": source}
+        body = {"model": "base", "messages": [{"role": "user", "content": [image]}]}
+        answer = httpx.post(f"{url}/v1/messages/count_tokens", json=body)
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["input_tokens"])
+
+    sent = n_tokens(type="base64", media_type="image/png", data=png(made_image(3)))
+    web.asked.clear()
+    assert n_tokens(type="url", url=f"{web.url}/shown/a.png") == sent
+    assert web.asked == ["/shown/a.png"]
+
+
 @pytest.mark.parametrize(
     ("path", "status", "code"),
     [

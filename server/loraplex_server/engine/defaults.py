@@ -20,10 +20,10 @@ class StepLimits(NamedTuple):
     max_batch_size: int  # requests
     max_step_tokens: int
     max_loras: int  # slots on the device
-    max_gap_s: float = math.inf  # between tokens of a row, beside prompts of the same tenant
+    max_gap_s: float = math.inf  # estimated, between tokens of a row beside prompts
 
 
-_OF_A_CPU = StepLimits(64, 128, 64, 0.1)
+_OF_A_CPU = StepLimits(64, 128, 64, 0.08)  # with estimates that err by 20 %: gaps of 0.1 s
 _OF_A_GPU = StepLimits(256, 2048, 512)
 _ENCODER_ON_A_CPU = StepLimits(64, 1024, 64)
 _ENCODER_ON_A_GPU = StepLimits(256, 16384, 512)

@@ -236,7 +236,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(asked: dict[str, int], sa
 
 def test_defaults_follow_the_device_and_what_is_given_stays() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
-    assert step_limits(EngineConfig(), cpu) == (64, 128, 64, 0.1)
+    assert step_limits(EngineConfig(), cpu) == (64, 128, 64, 0.08)
     assert step_limits(EngineConfig(max_loras=7), gpu) == (256, 2048, 7, math.inf)
     assert host_tier_bytes(cpu) == 2 * GIB
     assert 2 * GIB <= host_tier_bytes(gpu) <= 64 * GIB

@@ -65,25 +65,32 @@ def test_a_lone_tenant_gets_all_its_rows_in_every_step() -> None:
     assert _Device().seconds_of(loop.chunks) > 0.3
 
 
-def test_prompts_of_a_lone_tenant_leave_its_rows_short_gaps() -> None:
-    device = _Device(token_s=0.004)
+@pytest.mark.parametrize("n_others", [0, 1, 4], ids=["lone", "shared", "beside rows of others"])
+def test_prompts_leave_rows_short_gaps(n_others: int) -> None:
+    """``n_others``: tenants that have come; a single one has left when the prompts come."""
+    device = _Device(token_s=0.004, context_s=1e-5)
     times, n_tokens = [], 0
     loop = _loop(device, max_gap_s=0.15)
-    loop.add("row", 4, 200)
+    names = {"row", *(f"other{number}" for number in range(n_others))}
+    for name in names:
+        n_rows = 1 if n_others == 1 and name != "row" else 200
+        loop.add(name, 4, n_rows, share=TenantShare(name if n_others else ""))
     for _ in range(5):
         loop.step()
     for index in range(8):
-        loop.add(f"p{index}", 200, 1)
-    while len(loop.scheduler.running) > 1 or len(loop.scheduler.waiting):
-        assert "row" in loop.step()
+        loop.add(f"p{index}", 200, 1, share=TenantShare("row" if n_others else ""))
+    rows = names & {request.id for request in loop.scheduler.running}
+    while len(loop.scheduler.running) > len(rows) or len(loop.scheduler.waiting):
+        assert rows <= set(loop.step())
         times.append(device.seconds_of(loop.chunks))
-        n_tokens += sum(chunk.n_tokens for chunk in loop.chunks) - 1
+        n_tokens += sum(chunk.n_tokens for chunk in loop.chunks) - len(rows)
     assert n_tokens >= 8 * 200
     assert max(times) < 0.6  # the first steps, of which the estimate knows nothing
     assert max(times[10:]) < 1.1 * 0.15
     assert sum(times[10:]) / len(times[10:]) > 0.12  # no step is shorter than it need be
-    loop.scheduler.finish(loop.scheduler.running[0])
-    loop.add("prompt", 200, 1)
+    for request in list(loop.scheduler.running):
+        loop.scheduler.finish(request)
+    loop.add("prompt", 200, 1, share=TenantShare("row" if n_others else ""))
     loop.step()
     assert loop.chunks[0].n_tokens == 128  # nobody waits
 

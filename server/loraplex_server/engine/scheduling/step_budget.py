@@ -9,8 +9,9 @@ A tenant's first row and the first ``_MIN_CHUNK`` tokens of its first prompt may
 so that they can be computed at all. The excess is a debt: the tenant sits out the next steps until
 its shares have paid the debt. Debts are relative: at any time some tenant with work has none.
 
-On a server of one tenant, a step that decodes rows takes only so many tokens of prompts that the
-rows get their next tokens within ``max_gap_s``, or within ``_MAX_TIMES`` the seconds of their step.
+A step that decodes rows takes only so many tokens of prompts that the rows get their next tokens
+within ``max_gap_s``, or within ``_MAX_TIMES`` the seconds of their step, however many tenants the
+server has.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .tenant_queue import TenantQueue
 _MAX_SHARED_S = 0.25  # of a step with several tenants
 _MAX_LONE_S = 1.0  # of a step with one tenant, since others may come
 _SLOWDOWN = 1.3  # of a tenant, relative to its fair share; 2 less room for errors of the estimate
-_MAX_TIMES = 3.0  # a prompt slows the rows of its own tenant down by this factor at most
+_MAX_TIMES = 3.0  # prompts slow the rows of a step down by this factor at most
 _MIN_CHUNK = 4  # tokens of a prompt
 _ROUNDING = 1e-9
 
@@ -92,6 +93,8 @@ class StepBudget:
             for tenant, share in self._shares.items():
                 fair_s = (fixed_s + share.rows_s + share.prompts_s) * weight / tenant.share.weight
                 limit_s = min(limit_s, _SLOWDOWN * fair_s)
+        if rows_s := sum(share.rows_s for share in self._shares.values()):
+            limit_s = min(limit_s, self._gap_s(fixed_s + rows_s))
         left_s = limit_s - fixed_s
         for tenant in sorted(self._shares, key=self._wanted_by_weight):
             share = self._shares[tenant]
@@ -147,13 +150,17 @@ class StepBudget:
         if not self._rows_s:
             return n_tokens
         step_s = self._cost.fixed_s + self._rows_s
-        left_s = max(self._max_gap_s, _MAX_TIMES * step_s) - step_s - self._prompts_s
+        left_s = self._gap_s(step_s) - step_s - self._prompts_s
         n_fitting = self._cost.n_fitting(start, n_tokens, left_s)
         if n_fitting < n_tokens:
             self.n_left = 0
             n_fitting = max(n_fitting, 0 if self._prompts_s else min(_MIN_CHUNK, n_tokens))
         self._prompts_s += self._cost.chunk_s(start, n_fitting)
         return n_fitting
+
+    def _gap_s(self, rows_step_s: float) -> float:
+        """Return how long prompts may make a step that takes ``rows_step_s`` without them."""
+        return max(self._max_gap_s, _MAX_TIMES * rows_step_s)
 
     def _wanted_by_weight(self, tenant: TenantQueue) -> float:
         return self._shares[tenant].wanted_s / tenant.share.weight

@@ -87,10 +87,10 @@ class ImagePrompts:
         return ImagePrompts(processor, layout, token, token_id, max_bytes=max_bytes)
 
     def read(self, source: str, limits: ImageLimits) -> ReadImage:
-        """Decode an image and prepare it. ``source``: a data URL or base64.
+        """Decode an image and prepare it. ``source``: a data URL, base64 or an allowed address.
 
-        Takes milliseconds to tenths of a second. Raises ImageRefused, and ApiError (503) while
-        other images take all memory.
+        Takes up to tenths of a second, and ten seconds more to fetch. Raises ImageRefused, and
+        ApiError (503) while other images take all memory.
         """
         data = image_bytes(source, limits)
         image = decode_image(data, limits)

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -174,9 +175,7 @@ class ExampleLearner:
         run = _Run(self._thread, tenant, pairs, budget_s, report)
         starts = {"base": await self._thread.new_adapter(_SHAPE, 0)}
         for start in await asyncio.to_thread(self._starts, request):
-            adapter = await self._thread.run(tenant, start.make)
-            adapter.shape = replace(adapter.shape, dropout=_DROPOUT)
-            starts[start.name] = adapter
+            starts[start.name] = await self._thread.run(tenant, partial(_made, start))
         try:
             adapter, refinement = await run.best(starts)
         except TimeoutError:
@@ -230,6 +229,13 @@ class ExampleLearner:
         given = (datum.weights == 0).nonzero()  # the last answer is what follows them all
         datum.weights[: int(given[-1])] = 0
         return datum
+
+
+def _made(start: Start, engine: TrainingEngine) -> LearningAdapter:
+    """Make the adapter of a start, with dropout. Thread of the engine."""
+    adapter = start.make(engine)
+    adapter.shape = replace(adapter.shape, dropout=_DROPOUT)
+    return adapter
 
 
 class _Run:

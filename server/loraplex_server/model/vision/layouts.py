@@ -61,7 +61,7 @@ _IDEFICS3 = VisionLayout(
 
 _QWEN_VL = VisionLayout(("model.visual",), ("pixel_values", "image_grid_thw"))
 
-# As transformers' processor joins a chat's parts: images, <bos>, the text and a newline.
+# It joins the parts of a chat as transformers' processor does: images, <bos>, text, a newline.
 _PALIGEMMA_CHAT = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}{{ bos_token }}"

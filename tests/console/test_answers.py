@@ -149,11 +149,40 @@ def test_with_log_probabilities_the_answer_is_the_same_text(
 
 def test_only_what_chats_is_tried_in_the_playground(page: Page, url: str) -> None:
     page.goto(f"{url}/#/adapters")
-    row = page.get_by_role("region", name="Adapters").locator("tbody tr")
-    expect(row.filter(has_text="thinker").get_by_role("link", name="Try")).to_be_visible()
-    expect(row.filter(has_text="mood").get_by_role("link", name="Try")).to_have_count(0)
-    page.get_by_role("button", name="thinker").click()
+    for adapter, shown in (("thinker", 1), ("mood", 0)):
+        page.get_by_role("button", name=f"Actions for {adapter}").click()
+        menu = page.get_by_role("group", name=f"Actions for {adapter}")
+        expect(menu.get_by_role("button", name="Warm")).to_be_in_viewport(ratio=1)
+        expect(menu.get_by_role("link", name="Try in the playground")).to_have_count(shown)
+    expect(page.get_by_role("group", name="Actions for thinker")).to_have_count(0)  # one at a time
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="thinker", exact=True).click()
     expect(page.locator(".card q")).to_have_text(["hi", "hi"])  # a card may say a thing twice
+
+
+def test_a_narrow_window_says_that_columns_are_hidden(page: Page, url: str) -> None:
+    hint = page.get_by_text("More columns: scroll to the right")
+    table = page.get_by_role("region", name="Adapters")
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.goto(f"{url}/#/adapters")
+    expect(hint).to_be_visible()
+    table.evaluate("table => table.scrollTo(table.scrollWidth, 0)")
+    expect(hint).to_have_count(0)
+    expect(table.get_by_role("button", name="thinker", exact=True)).to_be_in_viewport()
+    page.set_viewport_size({"width": 1280, "height": 800})
+    table.evaluate("table => table.scrollTo(0, 0)")
+    expect(hint).to_have_count(0)
+
+
+def test_an_example_of_the_card_becomes_the_prompt(page: Page, front: Front, url: str) -> None:
+    page.goto(f"{url}/#/playground?adapter=thinker")
+    page.get_by_label("Prompt", exact=True).fill("")
+    examples = page.get_by_role("list", name="Examples")
+    examples.get_by_role("button", name="hi").first.click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("hi")
+    page.get_by_role("button", name="Ask all").click()
+    expect(page.get_by_label("Answer 2").locator(".answer")).to_have_text(front.engine.answer)
+    expect(examples).to_have_count(0)
 
 
 @pytest.mark.parametrize(

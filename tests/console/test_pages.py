@@ -161,12 +161,15 @@ def test_an_adapter_is_uploaded_pinned_shown_and_deleted(page: Page, server: Ser
     page.get_by_role("button", name="Add", exact=True).click()
     expect(page.get_by_role("status")).to_contain_text("numbers serves as revision 1")
     row = page.locator("tr", has=page.get_by_role("button", name="numbers", exact=True))
+    row.get_by_role("button", name="Actions for numbers").click()
     row.get_by_role("button", name="Pin").click()
     expect(row.get_by_label("pinned")).to_be_visible()
     row.get_by_role("button", name="Warm").click()
     expect(row.get_by_text("device")).to_be_visible()
     expect(row.get_by_role("button", name="Unload")).to_be_disabled()  # it is pinned
-    row.get_by_role("button", name="numbers").click()
+    page.keyboard.press("Escape")
+    expect(row.get_by_role("button", name="Unload")).to_have_count(0)
+    row.get_by_role("button", name="numbers", exact=True).click()
     expect(page.get_by_role("img", name="How much each layer is changed")).to_be_visible()
     page.get_by_role("button", name="Delete …").click()
     page.get_by_role("button", name="Yes, delete it").click()
@@ -194,6 +197,7 @@ def test_an_adapter_is_unloaded_and_answers_again(page: Page, server: ServerProc
     expect(cells.nth(3)).to_have_text("device")
     for column in (5, 6):
         expect(cells.nth(column)).to_have_text(re.compile(r"[\d.]+ [KM]iB"))
+    row.get_by_role("button", name="Actions for pirate").click()
     row.get_by_role("button", name="Unload").click()
     expect(cells.nth(3)).to_have_text("disk")
     for column in (5, 6):

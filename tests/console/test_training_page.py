@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from openai import OpenAI
 from playwright.sync_api import Page, expect
 
 from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
@@ -32,7 +33,9 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def _train(page: Page, server: ServerProcess, data: Path, name: str, steps: int) -> None:
+def _train(
+    page: Page, server: ServerProcess, data: Path, name: str, steps: int, metric: str = "nothing"
+) -> None:
     page.goto(f"{server.url}/#/create")
     page.get_by_role("button", name="From chats").click()
     page.get_by_label("A JSONL file of chats").set_input_files(data)
@@ -42,13 +45,14 @@ def _train(page: Page, server: ServerProcess, data: Path, name: str, steps: int)
     page.get_by_label("Steps").fill(str(steps))
     page.get_by_label("Rank").fill("4")
     page.get_by_label("Learning rate").fill("0.02")
+    page.get_by_label("Score its answers by").select_option(metric)
     page.get_by_role("button", name="Train", exact=True).click()
 
 
 def test_losses_are_drawn_and_the_adapter_answers_beside_the_base(
     page: Page, training: ServerProcess, data: Path
 ) -> None:
-    _train(page, training, data, "ab", 40)
+    _train(page, training, data, "ab", 40, "contained")
     region = page.get_by_role("region", name="Training", exact=True)
     expect(region.locator("canvas")).to_be_visible()
     expect(region.get_by_role("heading", name="ab: succeeded")).to_be_visible()
@@ -63,6 +67,58 @@ def test_losses_are_drawn_and_the_adapter_answers_beside_the_base(
     expect(cells.nth(2)).to_contain_text("AB")
     expect(cells.nth(1)).not_to_contain_text("AB")
     assert Axe().run(page).violations_count == 0
+    assert _scores(page) == _told(training, "ab", "contains")
+    page.get_by_role("link", name="card", exact=True).click()
+    expect(page.get_by_text("Loss on held-out examples: ")).to_be_visible()
+    assert _scores(page) == _told(training, "ab", "contains")
+    assert Axe().run(page).violations_count == 0
+
+
+def _scores(page: Page) -> list[str]:
+    """Return the scores that the page shows: of the base and of the adapter."""
+    shown = page.get_by_role("region", name="Scores")
+    expect(shown.locator(".number")).to_have_count(2)
+    return shown.locator(".number").all_inner_texts()
+
+
+def _told(server: ServerProcess, adapter: str, metric: str) -> list[str]:
+    """Return the scores on the card of an adapter that answers better than the base."""
+    card = httpx.get(f"{server.url}/v1/adapters/{adapter}", timeout=60).json()
+    evaluation = card["provenance"]["training"]["evaluation"]
+    assert evaluation["metric"] == metric
+    assert evaluation["score_before"] < evaluation["score_after"]
+    return [f"{evaluation[key]:.2f}" for key in ("score_before", "score_after")]
+
+
+def test_the_card_of_a_fine_tuning_job_shows_its_scores(
+    page: Page, training: ServerProcess, data: Path
+) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["answer"]},
+            ]
+        }
+        for row in rows
+    ]
+    text = "\n".join(map(json.dumps, chats)).encode()
+    with OpenAI(base_url=f"{training.url}/v1", api_key="none", timeout=600) as client:
+        file = client.files.create(file=("ab.jsonl", text), purpose="fine-tune")
+        client.fine_tuning.jobs.create(
+            model="base",
+            training_file=file.id,
+            method={
+                "type": "supervised",
+                "supervised": {"hyperparameters": {"n_epochs": 20, "learning_rate_multiplier": 10}},
+            },
+            extra_body={"adapter": "tuned", "metric": "exact"},
+        )
+    page.goto(f"{training.url}/#/adapters")
+    page.get_by_role("button", name="tuned", exact=True).click()  # it comes by itself
+    expect(page.get_by_text("Loss on the first training examples: ")).to_be_visible()
+    assert _scores(page) == _told(training, "tuned", "exact")
 
 
 def test_a_training_is_cancelled(page: Page, training: ServerProcess, data: Path) -> None:

@@ -73,7 +73,8 @@ def test_a_key_that_may_only_ask_is_shown_nothing_that_changes_adapters(
     for key, shown in ((ASKING_KEY, 0), (KEY, 1)):
         enter(page, key)
         row = page.locator("tr", has=page.get_by_role("button", name="task-000", exact=True))
-        expect(row.get_by_role("link", name="Try")).to_be_visible()
+        row.get_by_role("button", name="Actions for task-000").click()
+        expect(row.get_by_role("link", name="Try in the playground")).to_be_visible()
         expect(page.get_by_role("img", name="How much each layer is changed")).to_be_visible()
         expect(page.get_by_role("form", name="Add an adapter")).to_have_count(shown)
         for name in ("Pin", "Warm"):

@@ -186,6 +186,8 @@ def _makers(
         workers.pools.generation,
         base_name=base.name,
         folder=options.generator_dir,
+        writes_text=base.writes_text,
+        reader=base.image_encoder,
     )
     return AdapterMakers(generated, learning, training, thread, store_methods)
 

@@ -77,7 +77,8 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
         "python -m loadtests.replicas": "minutes of load on three servers",
     },
     "docs/adapters-from-adapters.md": {
-        "loraplex serve --generator-dir": "tests/generation/test_store_methods.py runs both"
+        "loraplex serve --generator-dir": "tests/generation/test_store_methods.py runs both",
+        "import httpx": "needs a server of a CLIP; tests/generation/test_clip_experts.py asks one",
     },
     "docs/structured-output.md": {
         "git clone": "fetches 11,000 schemas; tests/loadtests/test_schema_bench.py judges two"

@@ -185,23 +185,23 @@ def test_the_mixture_has_experts_of_the_form_of_the_nearest() -> None:
     encode = lambda texts: torch.nn.functional.normalize(  # noqa: E731
         _one_hot(texts) + 0.9 * torch.eye(10)[[0] * len(texts)], dim=-1
     )
-    made = ExpertGenerator(encode, "tiny").generate(
-        AdapterGenerationRequest("like 0", method="sg-lora"), [*map(_candidate, experts)], None
-    )
+    request = AdapterGenerationRequest("like 0", method="sg-lora")
+    candidates = [*map(_candidate, experts)]
+    made = ExpertGenerator("tiny").generate(request, candidates, None, encode)
     assert made.card["method"] == "sg-lora mixture"
     assert set(made.card["parts"]) == {"expert-0", "expert-2"}  # type: ignore[call-overload]
     assert made.config["r"] == 4
 
 
 def test_requests_that_no_expert_is_near_are_refused() -> None:
-    generator, expert = ExpertGenerator(_one_hot, "tiny"), _candidate(_expert(1))
+    generator, expert = ExpertGenerator("tiny"), _candidate(_expert(1))
     request = AdapterGenerationRequest("like 2", method="sg-lora")
     with pytest.raises(OutOfDistribution):
-        generator.generate(request, [expert], None)
-    assert generator.generate(replace(request, force=True), [expert], None).tensors
+        generator.generate(request, [expert], None, _one_hot)
+    assert generator.generate(replace(request, force=True), [expert], None, _one_hot).tensors
     with pytest.raises(NotTrained, match="there are none"):
-        generator.generate(request, [], None)
+        generator.generate(request, [], None, _one_hot)
     with pytest.raises(NotTrained, match="loraplex generator train"):
-        generator.generate(replace(request, method="icm-lora"), [expert], None)
+        generator.generate(replace(request, method="icm-lora"), [expert], None, _one_hot)
     with pytest.raises(UnfitPrompts, match="no use for prompts"):
-        generator.generate(replace(request, prompts=("x",) * 8), [expert], None)
+        generator.generate(replace(request, prompts=("x",) * 8), [expert], None, _one_hot)

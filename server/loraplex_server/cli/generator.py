@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[str, float], None]  # gets a stage and the share of it that is done
 METHODS = ("sg-lora", "icm-lora")
+_TOWERS = ("text_model.", "vision_model.")  # of CLIP and SigLIP
 
 generator = typer.Typer(
     name="generator",
@@ -67,7 +68,8 @@ def train(
     base: Annotated[
         str | None,
         typer.Option(
-            help="Base model, for icm-lora and for folders: a pulled name, a Hub id or a directory."
+            help="Base model, for icm-lora, for folders and for adapters of a CLIP: a pulled name, "
+            "a Hub id or a directory."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps of each network.", min=1)] = 1000,
@@ -75,7 +77,8 @@ def train(
 ) -> None:
     """Fit SG-LoRA and ICM-LoRA to described adapters of one rank and target set.
 
-    icm-lora reads states of the base for the example prompts of each adapter's card.
+    icm-lora reads states of the base for the example prompts of each adapter's card. On a CLIP
+    there is sg-lora alone, and the CLIP itself embeds the descriptions.
 
         loraplex generator train --from-store --out generator
         loraplex serve --generator-dir generator
@@ -86,8 +89,6 @@ def train(
     from loraplex_generation.experts.icm_lora import IcmRecipe
     from loraplex_generation.experts.library import library_of
     from loraplex_generation.experts.sg_lora import SgRecipe
-    from loraplex_generation.sentences import SentenceEncoder
-    from loraplex_server.model.loading.pull import resolve_encoder
 
     from .server_client import errors_in_red
 
@@ -100,15 +101,16 @@ def train(
         adapters = _adapters_of(_state_directory(state_dir)) if from_store else []
         with _folder_store(folders or [], base) as of_folders:
             library = library_of([*adapters, *of_folders])
-        encoder = SentenceEncoder(resolve_encoder())
+        tower = _tower_of_texts(library.experts, base)
         states = None
-        if not method or "icm-lora" in method:
+        if tower is None and (not method or "icm-lora" in method):
             states = _states(library.experts, base, lambda share: report("states", share))
         fitted = FittedExperts.fit(
             library.experts,
-            encoder.sentences([expert.description for expert in library.experts]),
+            _embeddings([expert.description for expert in library.experts], tower),
             library.base_fingerprint,
             states,
+            by_base=tower is not None,
             sg_recipe=SgRecipe(n_steps=steps, seed=seed),
             icm_recipe=IcmRecipe(n_steps=steps, seed=seed),
             report=report,
@@ -166,6 +168,35 @@ def _folder_store(folders: Sequence[Path], base: str | None) -> Iterator[list[St
                 for module in find_folders(folder):
                     put_folder(store, module)
         yield _adapters_of(Path(state))
+
+
+def _tower_of_texts(experts: Sequence[Expert], base: str | None) -> Path | None:
+    """Return the folder of the base if its tower of texts embeds descriptions, else None.
+
+    Raises StoreError for adapters of a CLIP if the base is not named.
+    """
+    from loraplex_adapter_store.errors import StoreError
+    from loraplex_server.model.loading.pull import resolve_model
+
+    if not any(path.startswith(_TOWERS) for path in experts[0].factors):
+        return None
+    if base is None:
+        raise StoreError(
+            "the adapters are those of a CLIP, which embeds their descriptions itself; name it "
+            "with --base"
+        )
+    return resolve_model(base)
+
+
+def _embeddings(texts: Sequence[str], tower: Path | None) -> Tensor:
+    """Return the embeddings [n_texts, width] of texts, by a CLIP or by the sentence encoder."""
+    from loraplex_generation.experts.tower_sentences import tower_sentences
+    from loraplex_generation.sentences import SentenceEncoder
+    from loraplex_server.model.loading.pull import resolve_encoder
+
+    if tower is None:
+        return SentenceEncoder(resolve_encoder()).sentences(texts)
+    return tower_sentences(tower, texts)
 
 
 def _states(

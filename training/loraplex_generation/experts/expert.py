@@ -67,7 +67,10 @@ def gram_of(experts: Sequence[Expert]) -> Tensor:
 
 
 def weighted_sum(
-    experts: Sequence[Expert], weights: Sequence[float], base_name: str
+    experts: Sequence[Expert],
+    weights: Sequence[float],
+    base_name: str,
+    task_type: str | None = "CAUSAL_LM",
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Return Σ w_k ΔW_k as a PEFT LoRA (config, tensors), of the sum of the experts' ranks."""
     tensors: dict[str, Tensor] = {}
@@ -80,7 +83,7 @@ def weighted_sum(
     rank = sum(form[0][2] for form in (expert.form for expert in experts))
     config: dict[str, object] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": rank,

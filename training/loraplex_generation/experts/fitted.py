@@ -31,6 +31,7 @@ class FittedExperts:
     """The experts and the networks. Immutable but for the file's digest."""
 
     base_fingerprint: str
+    by_base: bool  # the base's own tower embeds texts, not the sentence encoder
     names: tuple[str, ...]
     form: Form
     codes: dict[str, GroupCodes]  # "<module>.a" and "<module>.b", one row an expert
@@ -52,15 +53,17 @@ class FittedExperts:
         base_fingerprint: str,
         states: Sequence[Tensor] | None = None,
         *,
+        by_base: bool = False,
         sg_recipe: SgRecipe = SgRecipe(),  # noqa: B008  frozen value
         icm_recipe: IcmRecipe = IcmRecipe(),  # noqa: B008  frozen value
         report: Callable[[str, float], None] = lambda stage, share: None,
     ) -> "FittedExperts":
         """Fit the methods to experts of one form. Takes minutes for a hundred adapters.
 
-        ``embeddings`` float32 [n, width] of the descriptions, length 1. ``states``: the states of
-        each expert's texts, as `fit_icm_lora` reads them; None: SG-LoRA alone. ``report`` gets a
-        stage and the share of it that is done. Raises UnfitExpert for fewer than three experts.
+        ``embeddings`` float32 [n, width] of the descriptions, length 1; ``by_base``: of the base's
+        own tower of texts. ``states``: the states of each expert's texts, as `fit_icm_lora` reads
+        them; None: SG-LoRA alone. ``report`` gets a stage and the share of it that is done. Raises
+        UnfitExpert for fewer than three experts.
         """
         if len(experts) < _LEAST_EXPERTS:
             raise UnfitExpert(
@@ -89,6 +92,7 @@ class FittedExperts:
         names = tuple(expert.name for expert in experts)
         return cls(
             base_fingerprint=base_fingerprint,
+            by_base=by_base,
             names=names,
             form=form,
             codes=codes,
@@ -143,6 +147,7 @@ class FittedExperts:
         header = {
             "format": _FORMAT,
             "base": self.base_fingerprint,
+            "by_base": self.by_base,
             "names": self.names,
             "form": self.form,
             "neighbours": asdict(self.neighbours),
@@ -178,6 +183,7 @@ class FittedExperts:
         _load(sg, tensors, "sg")
         return cls(
             base_fingerprint=header["base"],
+            by_base=header.get("by_base", False),
             names=tuple(header["names"]),
             form=form,
             codes=codes,

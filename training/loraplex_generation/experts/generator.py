@@ -18,6 +18,7 @@ from loraplex_generation.errors import NotTrained, OutOfDistribution, UnfitExper
 from loraplex_generation.generated import GeneratedAdapter
 from loraplex_generation.request import AdapterGenerationRequest
 
+from .embeddings import Encode
 from .expert import Expert, fewest, gram_of, weighted_sum
 from .fitted import FittedExperts
 from .icm_lora import MIN_PROMPTS
@@ -46,28 +47,26 @@ class Mixed(NamedTuple):
     gram: Tensor  # float64 [n, n]
 
 
-Encode = Callable[[Sequence[str]], Tensor]  # texts → float32 [n_texts, width], length 1
-
-
 class ExpertGenerator:
     """Generates adapters from experts: equal experts and requests give equal bits. Thread-safe."""
 
-    def __init__(self, encode: Encode, base_name: str) -> None:
-        self._encode, self._base_name = encode, base_name
-        self._embeddings: dict[str, Tensor] = {}  # of descriptions
+    def __init__(self, base_name: str, task_type: str | None = "CAUSAL_LM") -> None:
+        """``task_type``: PEFT's, of the adapters that are made; None: the base writes no text."""
+        self._base_name, self._task_type = base_name, task_type
 
     def generate(
         self,
         request: AdapterGenerationRequest,
         candidates: Sequence[Candidate],
         fitted: FittedExperts | None,
+        encode: Encode,
         task: Tensor | None = None,
     ) -> GeneratedAdapter:
         """Return an adapter made of the candidates or, if there is one, of the fitted library.
 
-        ``task``: the task vector [hidden_size], for ``icm-lora``. Takes tens of milliseconds for
-        each expert. Raises OutOfDistribution unless ``force`` is set, NotTrained, UnfitExpert and
-        UnfitPrompts.
+        ``encode`` embeds the request's texts and the candidates' descriptions. ``task``: the task
+        vector [hidden_size], for ``icm-lora``. Takes tens of milliseconds for each expert. Raises
+        OutOfDistribution unless ``force`` is set, NotTrained, UnfitExpert and UnfitPrompts.
         """
         started = time.perf_counter()
         if request.prompts and request.method != "icm-lora":
@@ -82,10 +81,10 @@ class ExpertGenerator:
                 f'method "{request.method}" mixes adapters that have a description, and there are '
                 "none; add plain LoRAs with descriptions"
             )
-        sentence = normalize(self.embed(request.texts).mean(0), dim=0)
+        sentence = normalize(encode(request.texts).mean(0), dim=0)
         if fitted is None:
             names = [each.name for each in candidates]
-            similarities = self.embed([each.description for each in candidates]) @ sentence
+            similarities = encode([each.description for each in candidates]) @ sentence
         else:
             names, similarities = list(fitted.names), fitted.embeddings @ sentence
         order = similarities.argsort(descending=True, stable=True).tolist()
@@ -97,7 +96,9 @@ class ExpertGenerator:
             mixed = _mixture([candidates[i] for i in order], similarities[order])
         else:
             mixed = _decoded(fitted, request, sentence, task)
-        config, tensors = weighted_sum(mixed.experts, mixed.weights, self._base_name)
+        config, tensors = weighted_sum(
+            mixed.experts, mixed.weights, self._base_name, self._task_type
+        )
         weights = torch.tensor(mixed.weights, dtype=torch.float64)
         card: dict[str, object] = {
             "description": request.description,
@@ -119,17 +120,6 @@ class ExpertGenerator:
             "milliseconds": round(1000 * (time.perf_counter() - started), 1),
         }
         return GeneratedAdapter(config, tensors, card)
-
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """Return the embeddings [n_texts, width] of texts. Those of earlier calls are kept."""
-        known = self._embeddings
-        fresh = [text for text in dict.fromkeys(texts) if text not in known]
-        if fresh:
-            if len(known) > 10_000:
-                self._embeddings = known = {}
-                fresh = list(dict.fromkeys(texts))
-            known.update(zip(fresh, self._encode(fresh), strict=True))
-        return torch.stack([known[text] for text in texts])
 
 
 def _mixture(candidates: Sequence[Candidate], similarities: Tensor) -> Mixed:

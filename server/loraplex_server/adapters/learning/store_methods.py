@@ -1,6 +1,7 @@
 """SG-LoRA and ICM-LoRA on the adapters of this server's store.
 
-request ─► visible adapters, or the fitted file ─► task vector (icm-lora) ─► ``GenerationOrder``
+request ─► visible adapters, or the fitted file ─► embeddings of descriptions (a CLIP's own)
+        ─► task vector (icm-lora) ─► ``GenerationOrder``
 """
 
 import asyncio
@@ -22,10 +23,11 @@ from loraplex_adapter_store.names.name_syntax import local_name
 from loraplex_adapter_store.names.selector import NameRef
 from loraplex_adapter_store.plan import PoolingMode
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_generation.errors import GeneratorMismatch, UnfitExamples
+from loraplex_generation.errors import GeneratorMismatch, NotTrained, UnfitExamples
+from loraplex_generation.experts.embeddings import Encode, KeptEmbeddings
 from loraplex_generation.experts.expert import Expert
 from loraplex_generation.experts.fitted import EXPERTS_FILE, FittedExperts
-from loraplex_generation.experts.generator import STORE_METHODS, Candidate, Encode, ExpertGenerator
+from loraplex_generation.experts.generator import STORE_METHODS, Candidate, ExpertGenerator
 from loraplex_generation.experts.icm_lora import task_texts
 from loraplex_generation.experts.task_states import encode_task
 from loraplex_generation.generated import GeneratedAdapter
@@ -36,8 +38,11 @@ from loraplex_server.engine.requests.pooling import Pooling
 from loraplex_server.engine.requests.run_to_end import run_to_end
 from loraplex_server.engine.requests.sampling_params import SamplingParams
 from loraplex_server.errors import from_engine
+from loraplex_server.model.encoder.image_reader import ImageReader
 from loraplex_server.settings.api_keys import GENERATED, AdapterAccess
 from loraplex_server.tenant_shares import TenantThreads
+
+from .tower_embeddings import TowerEmbeddings
 
 _NO_SAMPLING = SamplingParams(max_tokens=0, temperature=0.0)
 
@@ -69,11 +74,21 @@ class StoreMethods:
         *,
         base_name: str,
         folder: Path | None,
+        writes_text: bool = True,
+        reader: ImageReader | None = None,
     ) -> None:
-        """``folder`` may hold a fitted ``experts.safetensors``; None: the store's own adapters."""
+        """``folder`` may hold a fitted ``experts.safetensors``; None: the store's own adapters.
+
+        ``encode`` embeds descriptions, unless ``reader`` is that of a base with a tower of texts.
+        """
         self._store, self._engine, self._tokenizer = store, engine, tokenizer
         self._threads = threads
-        self._generator = ExpertGenerator(encode, base_name)
+        self._encode = KeptEmbeddings(encode)
+        self._tower: TowerEmbeddings | None = None
+        if reader is not None and reader.reads_texts:
+            self._tower = TowerEmbeddings(engine, tokenizer, reader, threads)
+        self._writes_text = writes_text
+        self._generator = ExpertGenerator(base_name, "CAUSAL_LM" if writes_text else None)
         self._file = None if folder is None else folder / EXPERTS_FILE
         self._fitted: tuple[int, FittedExperts] | None = None  # with the file's time of change
 
@@ -90,6 +105,11 @@ class StoreMethods:
             raise UnfitExamples(
                 f'method "{request.method}" reads no examples; leave out the method or the examples'
             )
+        if request.method == "icm-lora" and not self._writes_text:
+            raise NotTrained(
+                'method "icm-lora" reads states of a language model, and this base is an encoder; '
+                'choose "sg-lora"'
+            )
         fitted, candidates = await self._threads.run(access.tenant, partial(self._library, access))
         task = None
         if request.method == "icm-lora" and fitted is not None:
@@ -101,7 +121,11 @@ class StoreMethods:
         else:
             library = fitted.digest
         experts = [each for each, _ in candidates]
-        make = partial(self._generator.generate, request, experts, fitted, task)
+        encode: Encode = self._encode
+        if self._tower is not None:
+            texts = [*request.texts, *(each.description for each in experts)]
+            encode = await self._tower.read(texts, access.tenant or "")
+        make = partial(self._generator.generate, request, experts, fitted, encode, task)
         return GenerationOrder(replace(request, library=library), make)
 
     def _library(
@@ -140,6 +164,11 @@ class StoreMethods:
                     f"{self._file.name} was fitted to adapters of base "
                     f"{fitted.base_fingerprint[:16]}, not {self._store.base.fingerprint[:16]}; run "
                     "`loraplex generator train` on adapters of this base"
+                )
+            if fitted.by_base is not (self._tower is not None):
+                raise GeneratorMismatch(
+                    f"{self._file.name} was fitted with embeddings of another encoder; run "
+                    "`loraplex generator train` of this release again, with --base"
                 )
             self._fitted = changed, fitted
         return self._fitted[1]

@@ -184,7 +184,8 @@ async def _card_response(
     card: AdapterCard,
     report: Report,
 ) -> Response:
-    agreement = await _agreement(state, access, share, card) if body.probe else None
+    probes = body.probe and state.model.writes_text  # an encoder answers no chats
+    agreement = await _agreement(state, access, share, card) if probes else None
     shown = shown_card(access, card, AdapterActivity.of(state), report)
     return ORJSONResponse(
         {**shown, "base_agreement": agreement}, status=201, headers={"etag": f'"{card.etag}"'}

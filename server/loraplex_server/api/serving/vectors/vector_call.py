@@ -94,8 +94,8 @@ class VectorCall:
         started = perf_counter()
         requested = state.resolver.parse(**body.adapter_fields)
         selector = requested.selector
-        if self._has_images and isinstance(selector, Auto | Description):
-            raise invalid("adapters are chosen and made by texts; name one", requested.param)
+        if self._has_images and isinstance(selector, Auto):
+            raise invalid("'auto' chooses adapters by texts; name one", requested.param)
         if self._needs_head and isinstance(selector, Auto | Description):
             finds = "'auto' chooses" if isinstance(selector, Auto) else "a description makes"
             raise invalid(f"{finds} adapters that write text; name a classifier", requested.param)

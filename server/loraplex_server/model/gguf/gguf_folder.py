@@ -30,7 +30,7 @@ def gguf_folder(path: Path, cache: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=".", dir=parent))
     try:
-        _write(GgufFile(path), written)
+        write_gguf_folder(path, written)
         (written / GGUF_FILE).symlink_to(path)
         written.chmod(0o755)
         written.rename(folder)
@@ -42,7 +42,9 @@ def gguf_folder(path: Path, cache: Path) -> Path:
     return folder
 
 
-def _write(file: GgufFile, folder: Path) -> None:
+def write_gguf_folder(path: Path, folder: Path) -> None:
+    """Write config and tokenizer of the file ``path`` to ``folder``. Raises ModelError."""
+    file = GgufFile(path)
     config = config_of(file)
     tokenizer = tokenizer_of(file)
     tokenizer.model_max_length = int(config["max_position_embeddings"])

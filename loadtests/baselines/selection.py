@@ -8,11 +8,12 @@ from loadtests.scenario import Phase
 from loadtests.systems import System
 
 from .llama_cpp import LlamaCpp
+from .mistral_rs import MistralRs
 from .peft_batch import PeftBatch
 from .vllm_cpu import VllmCpu
 
 BASELINES: Mapping[str, type[System]] = {
-    system.name: system for system in (VllmCpu, LlamaCpp, PeftBatch)
+    system.name: system for system in (VllmCpu, LlamaCpp, MistralRs, PeftBatch)
 }
 _MAX_ADAPTERS = 64  # with more slots than that none of them starts on a small machine
 

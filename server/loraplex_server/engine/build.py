@@ -39,9 +39,12 @@ from .config import EngineConfig
 from .defaults import StepLimits, encoder_limits, kv_dtype, step_limits
 from .engine import Engine
 from .engine_loop import EngineLoop, LoopSettings
+from .memory.cache_identity import cache_identity
 from .memory.device import resolve_device, use_device
 from .memory.kv_cache import PAGE_SIZE, KvCache, KvGeometry
 from .memory.memory_plan import MemoryPlan, PoolLimits, plan_memory
+from .memory.page_files import PageFiles
+from .memory.window import Window
 from .parallel.shard_workers import ShardWorkers
 from .parallel.sharded_model import build_sharded
 from .requests.inbox import Inbox
@@ -122,7 +125,7 @@ def build_engine(
         )
         spec = model.spec
     try:
-        engine = assemble_engine(model, config, shard_workers=workers)
+        engine = assemble_engine(model, config, shard_workers=workers, model_path=model_path)
     except BaseException:
         if workers is not None:
             workers.close()
@@ -181,17 +184,20 @@ def assemble_engine(
     *,
     shard_workers: ShardWorkers | None = None,
     mode: StepMode | None = None,
+    model_path: Path | None = None,
 ) -> Engine:
     """Build and start an engine around a loaded model.
 
     ``shard_workers``: the other ranks of a sharded model. The engine closes them.
     ``mode``: how steps run; None: as the config and the device say.
+    ``model_path``: the folder that the model was loaded from; stored KV pages belong to its files.
     """
 
     def assemble() -> Engine:
         if isinstance(model, Encoder):
             return _assemble_encoder(model, config)
-        return _assemble(model, config, mode or StepMode.of(config, model.device), shard_workers)
+        step_mode = mode or StepMode.of(config, model.device)
+        return _assemble(model, config, step_mode, shard_workers, model_path)
 
     engine = _run_in_temp_thread(assemble, model.device)
     engine.start()
@@ -213,7 +219,11 @@ def _run_in_temp_thread(work: Callable[[], _T], device: torch.device) -> _T:
 
 
 def _assemble(
-    model: BaseModel, config: EngineConfig, mode: StepMode, workers: ShardWorkers | None
+    model: BaseModel,
+    config: EngineConfig,
+    mode: StepMode,
+    workers: ShardWorkers | None,
+    model_path: Path | None,
 ) -> Engine:
     limits = step_limits(config, model.device)
     max_model_len = _max_model_len(model, config)
@@ -224,6 +234,17 @@ def _assemble(
         memory = _plan_memory(model, config, limits, max_model_len)
     kv_cache = _kv_cache(model, config, limits, max_model_len, memory.kv_bytes)
     inbox = Inbox(max_queue=config.max_queue)
+    if config.prefix_cache_dir is not None:
+        kv_cache.keep_in(
+            PageFiles(
+                config.prefix_cache_dir.expanduser(),
+                cache_identity(model, kv_cache.geometry, config, model_path),
+                page_bytes=kv_cache.token_bytes * PAGE_SIZE,
+                max_bytes=config.prefix_cache_disk_bytes,
+            ),
+            n_written=max(1, limits.max_step_tokens // PAGE_SIZE),
+            on_arrival=lambda: inbox.post(_wake),
+        )
     adapters = DevicePool(
         model,
         PoolLimits(memory.adapter_bytes, limits.max_loras, config.max_lora_rank),
@@ -378,12 +399,15 @@ def _plan_memory(
         adapter_bytes=config.adapter_memory_bytes,
         min_kv_bytes=0
         if config.kv_memory_bytes is not None
-        else n_pages * _geometry(model).page_bytes(PAGE_SIZE, kv_dtype(config, model)),
+        else n_pages * _geometry(model, limits).page_bytes(PAGE_SIZE, kv_dtype(config, model)),
     )
 
 
-def _geometry(model: BaseModel) -> KvGeometry:
-    return KvGeometry(len(model.layers), model.n_kv_heads, model.head_dim)
+def _geometry(model: BaseModel, limits: StepLimits) -> KvGeometry:
+    windows = [layer.spec.window for layer in model.layers]
+    # Twice: one step may be launched while the pages of the step before it are not given up yet.
+    window = Window.of_layers(windows, 2 * limits.max_step_tokens)
+    return KvGeometry(len(model.layers), model.n_kv_heads, model.head_dim, window)
 
 
 def _kv_cache(
@@ -393,7 +417,7 @@ def _kv_cache(
     max_model_len: int,
     n_bytes: int,
 ) -> KvCache:
-    geometry, dtype = _geometry(model), kv_dtype(config, model)
+    geometry, dtype = _geometry(model, limits), kv_dtype(config, model)
     n_pages = n_bytes // geometry.page_bytes(PAGE_SIZE, dtype)
     if n_pages < 1:
         raise ValueError(

@@ -1,8 +1,9 @@
 """Settings of the engine, fixed at start."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from loraplex_server.options import Bytes, Options, Panel, option
 
@@ -72,6 +73,16 @@ class EngineConfig(Options, panel=Panel.ENGINE):
     )
     jump_forward: bool = True  # compute the tokens that a grammar forces together, in one step
     prefix_cache: bool = option(True, "Share the KV cache of prompts with a common prefix.")
+    prefix_cache_dir: Path | None = option(
+        None,
+        "Keep what leaves the prefix cache in files of this folder, which hold texts of requests "
+        "and are readable by this user only. They are found again after a restart. Default: none.",
+    )
+    prefix_cache_disk_bytes: _Size = option(
+        8 << 30,
+        "Delete the oldest files of --prefix-cache-dir beyond this number of bytes.",
+        name="prefix_cache_disk",
+    )
     cuda_graphs: bool = option(True, "On a GPU, capture steps as CUDA graphs at start.")
     cuda_graph_tokens: Annotated[int, Field(ge=0)] = option(
         512, "Capture steps with prompt chunks up to this number of tokens. 0 captures none."
@@ -111,3 +122,12 @@ class EngineConfig(Options, panel=Panel.ENGINE):
         panel=Panel.ADAPTERS,
         name="adapter_memory",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.prefix_cache_dir is not None:
+            if not self.prefix_cache:
+                raise ValueError("prefix-cache-dir needs prefix-cache, which is off")
+            if self.tensor_parallel_size > 1:
+                raise ValueError("prefix-cache-dir does not go with tensor-parallel-size")
+        return self

@@ -114,9 +114,11 @@ class EngineLoop:
                 while not self._is_stopping:
                     self._step()
             self._close(EngineDraining("the server went down"))
+            self.kv_cache.close(write=True)
         except BaseException:
             _log.exception("the engine thread died")
             self._close(EngineDead("the engine stopped; the server's log says why"))
+            self.kv_cache.close(write=False)
 
     def _step(self) -> None:
         self._read_inbox()
@@ -124,6 +126,7 @@ class EngineLoop:
         if self._in_flight is not None and self._in_flight.is_needed_next:
             self._finish_step()
         self.adapters.publish_arrived()
+        self.kv_cache.move_pages()
         self._scheduler.prefetch(_N_PREFETCH)
         scheduled = self._scheduler.schedule()
         self._inbox.admitted(scheduled.first_admitted)

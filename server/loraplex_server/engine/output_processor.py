@@ -57,7 +57,7 @@ class OutputProcessor:
         self._requests[request.id] = request
         self._scheduler.add(request)
         n_most = min(request.n_prompt + request.source.sampling.max_tokens, self._max_model_len)
-        if self._kv_cache.pages_for(n_most) > self._kv_cache.n_pages:
+        if self._kv_cache.pages_needed(n_most) > self._kv_cache.n_pages:
             capacity = self._kv_cache.n_pages * self._kv_cache.page_size
             error = ContextOverflow(
                 f"prompt and output need {n_most} tokens of KV memory, the server has {capacity}; "

@@ -36,6 +36,7 @@ _GAUGES: dict[str, Callable[[EngineStats], float]] = {
 _COUNTERS: dict[str, Callable[[EngineStats], float]] = {
     "vllm:prefix_cache_queries": lambda stats: stats.prefix_queries,
     "vllm:prefix_cache_hits": lambda stats: stats.prefix_hits,
+    "loraplex_prefix_cache_restored": lambda stats: stats.prefix_restored,
     "vllm:num_preemptions": lambda stats: stats.n_preemptions,
     "loraplex_forced_tokens": lambda stats: stats.n_jump_forward_tokens,
     "vllm:spec_decode_num_drafts": lambda stats: stats.n_drafts,

@@ -32,6 +32,7 @@ loraplex_kv_pages Pages of the KV cache.
 vllm:cache_config_info Geometry of the KV cache.
 vllm:prefix_cache_queries Prompt tokens looked up in the prefix cache.
 vllm:prefix_cache_hits Prompt tokens found in the prefix cache.
+loraplex_prefix_cache_restored Prompt tokens that came back from files of --prefix-cache-dir.
 vllm:num_preemptions Requests whose KV pages were taken for an older one.
 loraplex_forced_tokens Tokens that a grammar forced.
 vllm:spec_decode_num_drafts Times that a step verified guesses of a choice's next tokens.

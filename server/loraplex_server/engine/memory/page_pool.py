@@ -10,6 +10,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 
@@ -73,6 +74,15 @@ class PagePool:
     @property
     def n_held(self) -> int:
         return self.n_pages - self.n_available
+
+    @property
+    def n_free(self) -> int:
+        """The number of pages without content."""
+        return len(self._free)
+
+    def oldest_cached(self, n_pages: int) -> list[tuple[int, bytes]]:
+        """Return up to ``n_pages`` cached pages and their keys, those to be evicted first."""
+        return [(page, self._key_of[page]) for page in islice(self._cached, n_pages)]
 
     def take(self, n_pages: int) -> list[int] | None:
         """Take ``n_pages`` pages with one holder each; return None if there are not enough."""

@@ -103,6 +103,7 @@ class EngineStats:
     n_accepted_tokens: int = 0  # guesses that became tokens of answers
     prefix_queries: int = 0  # tokens looked up
     prefix_hits: int = 0  # tokens found
+    prefix_restored: int = 0  # tokens that came back from files
     pool_bytes_used: int = 0
     pool_bytes_total: int = 0
     pool_slots_used: int = 0  # an adapter takes one, and one for each of its experts

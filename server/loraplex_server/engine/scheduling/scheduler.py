@@ -135,13 +135,14 @@ class Scheduler:
         self.waiting.push(request)
 
     def prefetch(self, n_requests: int) -> None:
-        """Starts to load the adapters of the next requests in the queue.
+        """Starts to load the adapters and stored prefixes of the next requests in the queue.
 
         No adapter evicts one that a request before it needs.
         """
         spared: set[str] = set()
         for request in self.waiting.upcoming(n_requests):
             self._ensure_resident(request, spared=spared)
+            self._is_restoring(request)
             spared.add(request.adapter_digest)
 
     def schedule(self) -> Schedule:
@@ -192,13 +193,14 @@ class Scheduler:
         return True
 
     def commit(self, chunks: Sequence[ScheduledChunk]) -> None:
-        """Publishes the chunks' KV pages for reuse and charges the tenants."""
+        """Publishes the chunks' KV pages, gives up those behind windows, charges the tenants."""
         for chunk in chunks:
             request, n_computed = chunk.request, chunk.start + chunk.n_tokens
-            if request.status is not RequestStatus.RUNNING or request.source.reads_all_rows:
-                continue
-            if request.n_computed >= n_computed:  # not preempted while the step ran
+            if request.status is not RequestStatus.RUNNING or request.n_computed < n_computed:
+                continue  # ended, or preempted while the step ran
+            if not request.source.reads_all_rows:
                 self._kv.publish(request.id, request.key_ids, n_computed)
+            self._kv.slide(request.id, n_computed)
         self.waiting.served(chunk.request for chunk in chunks)
 
     def measured(self, chunks: Sequence[ScheduledChunk], seconds: float) -> None:
@@ -210,6 +212,8 @@ class Scheduler:
         ran = request.status is RequestStatus.RUNNING
         if ran:
             self._leave(request)
+        else:
+            self._kv.forget(request.id)
         self.waiting.ended(request, ran=ran)
         request.advance(RequestStatus.FINISHED)
 
@@ -350,17 +354,17 @@ class Scheduler:
 
     def _admit_one(self, request: Request) -> Admission:
         # One spare page for each running request, so that an admission does not preempt at once.
-        needed = self._kv.pages_for(request.n_tokens) + len(self.running)
+        needed = self._kv.pages_needed(request.n_tokens) + len(self.running)
         if self.running and needed > self._kv.n_pages_available:
             return Admission.NO_ROOM
         answer = self._ensure_resident(request)
         if answer is not Admission.ADMITTED:
             return answer
-        # Pages before an activated adapter begins are the base's, and so are their keys.
-        root = prefix_root(request.digest_at(0), request.source.cache_salt)
+        if self._is_restoring(request):
+            return Admission.LOADING
         n_cached = self._kv.admit(
             request.id,
-            root,
+            _root_of(request),
             request.key_ids,
             reuse=not request.source.reads_all_rows,
             turn=self._turn_of(request),
@@ -377,6 +381,14 @@ class Scheduler:
             self._failed[request.id] = (request, error)
             return Admission.FAILED
         return Admission.ADMITTED
+
+    def _is_restoring(self, request: Request) -> bool:
+        """Return True while pages of the request come from files. The first call starts that."""
+        if request.source.reads_all_rows or not self._kv.has_files:
+            return False
+        return self._kv.is_restoring(
+            request.id, _root_of(request), request.key_ids, self._turn_of(request)
+        )
 
     def _turn_of(self, request: Request) -> KeyTurn | None:
         if request.adapter_from == 0:
@@ -417,6 +429,11 @@ class Scheduler:
         except EngineError as error:
             self._failed[request.id] = (request, error)
             return Admission.FAILED
+
+
+def _root_of(request: Request) -> bytes:
+    # Pages before an activated adapter begins are the base's, and so are their keys.
+    return prefix_root(request.digest_at(0), request.source.cache_salt)
 
 
 def _is_computed(request: Request) -> bool:

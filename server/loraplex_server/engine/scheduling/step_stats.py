@@ -61,6 +61,7 @@ class StepStats:
             n_accepted_tokens=self._n_accepted,
             prefix_queries=self._kv.n_queried,
             prefix_hits=self._kv.n_found,
+            prefix_restored=self._kv.n_restored,
             pool_bytes_used=adapters.pool.bytes_used,
             pool_bytes_total=adapters.pool.bytes_total,
             pool_slots_used=adapters.pool.n_slots_used,

@@ -7,11 +7,14 @@ from hypothesis import strategies as st
 
 from loraplex_server.engine.memory.kv_cache import KvCache, KvGeometry
 from loraplex_server.engine.memory.page_pool import KeyTurn, PagePool, page_keys, prefix_root
+from loraplex_server.engine.memory.window import Window
 
 
-def _cache(n_pages: int = 12, *, prefix_cache: bool = True) -> KvCache:
+def _cache(
+    n_pages: int = 12, *, prefix_cache: bool = True, window: Window | None = None
+) -> KvCache:
     return KvCache(
-        KvGeometry(1, 1, 4),
+        KvGeometry(1, 1, 4, window),
         n_pages=n_pages,
         page_size=4,
         max_requests=8,
@@ -124,6 +127,32 @@ def test_no_prefix_is_kept_when_the_prefix_cache_is_off() -> None:
     cache.admit("one", prefix_root("a", ""), tokens)
     cache.publish("one", tokens, 8)
     assert cache.admit("two", prefix_root("a", ""), tokens) == 0
+
+
+def test_a_prefix_is_found_by_the_pages_that_a_window_sees() -> None:
+    cache, root, tokens = (
+        _cache(window=Window(n_seen=5, n_ahead=4)),
+        prefix_root("", ""),
+        list(range(21)),
+    )
+    cache.admit("one", root, tokens)
+    for n_computed in range(4, 24, 4):
+        assert cache.extend("one", len(tokens))
+        assert cache.n_pages_held <= cache.pages_needed(21) == 5
+        cache.publish("one", tokens, n_computed)
+        cache.slide("one", n_computed)
+    cache.release("one")
+    assert cache.admit("other", prefix_root("b", ""), tokens) == 0
+    assert cache.extend("other", 21)
+    cache.admit("more", prefix_root("c", ""), tokens[:12])  # evicts the first pages of "one"
+    assert cache.admit("two", root, tokens) == 20
+    assert cache.n_pages_held == 5 + 3 + 2  # of "two": the last page that is seen, and a new one
+
+
+def test_a_layer_without_a_window_keeps_all_pages() -> None:
+    assert Window.of_layers([16, None, 16], 8) is None
+    assert Window.of_layers([None], 8) is None
+    assert Window.of_layers([16, 32], 8) == Window(32, 8)
 
 
 _actions = st.lists(

@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 CLIENTS := .venv-clients
 
-.PHONY: serve cluster test test-cluster test-nightly research-tests test-fast check ci lint types bandit sbom unit unit-all interpreter fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check images clean venv console docs wheel
+.PHONY: beside serve cluster test test-cluster test-nightly research-tests test-fast check ci lint types bandit sbom unit unit-all interpreter fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check images clean venv console docs wheel
 
 venv: $(STAMP)
 
@@ -28,17 +28,15 @@ cluster: venv  # two engine replicas behind two gateways on this machine; Ctrl-C
 
 test: check  # what to run before a commit is pushed: all but the tests marked slow
 
-check: venv
-	$(MAKE) $(BESIDE) $(SINGLE)
-	$(MAKE) unit
+check: lint
+	$(MAKE) --jobs 2 unit beside
 
-ci: venv  # what .ci/run does
-	$(MAKE) $(BESIDE) $(SINGLE)
-	$(MAKE) unit-all
+ci: lint  # what .ci/run does
+	$(MAKE) --jobs 2 unit-all beside
 
-# What uses one core: two of them run side by side, the longest first.
-SINGLE := types interpreter lint bandit
-BESIDE := --jobs 2 --output-sync=target
+# Checks of one core each, one after the other, in the time that tests leave over while they wait.
+beside: venv
+	nice -n 5 $(MAKE) --output-sync=target types bandit interpreter
 
 lint: venv
 	$(BIN)/ruff format --check .
@@ -63,7 +61,7 @@ unit: venv
 	$(TESTS) -m "not gpu and not interpreter and not cluster and not slow" $(CLUSTERLESS)
 
 interpreter: venv  # kernels in Triton's interpreter, and compiled for GPUs that are not here
-	$(PYTEST) -m "interpreter and not nightly" tests/kernels/triton
+	$(PYTEST) --timeout 1500 -m "interpreter and not nightly" tests/kernels/triton
 
 test-cluster: venv  # real clusters on this machine; some minutes
 	$(PYTEST) tests/cluster tests/docs/test_cluster_pages.py
@@ -85,7 +83,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=25
 # One process for each core: more of them slow down what some tests bound in seconds of CPU time. A
 # file runs whole, so that its tests share servers; tests/conftest.py has the order. Clusters are
 # not even imported.
-TESTS := $(PYTEST) -n auto --dist loadfile --no-loadscope-reorder
+WORKERS ?= auto
+TESTS := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CLUSTERLESS := --ignore=tests/cluster
 
 FUZZ := --seed 1 --cases 100000

@@ -3,10 +3,7 @@
 import contextlib
 import errno
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -20,20 +17,15 @@ from tests.adapter_store.conftest import plain_lora
 from tests.adapter_store.files.test_packed_files import form_seed
 from tests.adapter_store.test_store import put, seed_of
 from tests.support.adapters.packers import TensorsAside
+from tests.support.servers.server_process import run_python
 
 
-@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.nightly)])
 def test_a_kill_at_any_operation_loses_nothing_that_was_committed(stride: int) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.support.crash_scenario", str(stride)],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads(result.stdout)["n_operations"] > 60
+    code = "from tests.support.crash_scenario import run; run()"
+    status, output = run_python(code, str(stride))
+    assert status == 0, output[-3000:]
+    assert json.loads(output.splitlines()[-1])["n_operations"] > 60
 
 
 class FullDisk(Disk):

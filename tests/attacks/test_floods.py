@@ -69,7 +69,7 @@ def _sample(server: ServerProcess, name: str, **labels: str) -> float:
 def _flood_body(number: int) -> dict[str, object]:
     return {
         "prompt": f"flood {number}",
-        "max_tokens": 300,
+        "max_tokens": 150,
         "adapter": f"a{number % N_ADAPTERS}",
         "temperature": 1.0,
         "seed": number,
@@ -112,7 +112,7 @@ def test_a_flood_over_many_adapters_costs_another_key_a_bounded_wait(
 
 def test_a_full_queue_of_one_key_is_not_that_of_another(server: ServerProcess) -> None:
     with ThreadPoolExecutor(4) as pool:
-        body = {"prompt": "flood", "max_tokens": 400, "n": 20}
+        body = {"prompt": "flood", "max_tokens": 150, "n": 20}
         calls = [pool.submit(_complete, server, FLOOD, **body) for _ in range(4)]
         small = _complete(server, SMALL, prompt="small", max_tokens=1)
         answers = [call.result() for call in calls]

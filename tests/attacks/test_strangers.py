@@ -94,7 +94,7 @@ def longest_wait(server: ServerProcess, seconds: float) -> float:
 @pytest.mark.parametrize("trailers", [b"b", b"a: b\r\n"], ids=["one endless", "many"])
 @broken_only_if_each_time
 def test_trailers_cost_nobody_anything(keyed: ServerProcess, key: bytes, trailers: bytes) -> None:
-    quiet_s = longest_wait(keyed, 2)
+    quiet_s = longest_wait(keyed, 1)
     sent = trailers * (MIB // len(trailers))
     head = b"POST /v1/completions HTTP/1.1\r\n" + HOST + key + JSON + CHUNKED + b"\r\n0\r\na: "
     with (
@@ -242,7 +242,7 @@ def test_requests_that_wait_for_no_answer_are_few(keyed: ServerProcess) -> None:
             attacker.sendall(requests)
         for attacker in attackers:
             all_of(attacker)
-        assert ask(keyed, "/v1/models").status_code == 200
+        assert_answered(keyed)
 
 
 @pytest.mark.nightly

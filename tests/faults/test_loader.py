@@ -30,7 +30,8 @@ def _everywhere(world: World, fault: KthFault, patch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.nightly) if f == "MOLA" else f for f in FAMILIES]
+    "family",
+    [pytest.param(f, marks=pytest.mark.nightly) if f in ("MOLA", "OFT") else f for f in FAMILIES],
 )
 async def test_any_failed_allocation_or_copy_fails_its_request_alone(
     family: str, world: World, monkeypatch: pytest.MonkeyPatch

@@ -148,7 +148,7 @@ def test_where_it_does_not_fit_triton_attends_and_the_log_says_so(
     assert told == ([] if level is None else [level])
 
 
-@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("cuda_graphs", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_deterministic_steps_leave_no_product_to_cublas(
     cuda_graphs: bool, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,7 +251,7 @@ def test_decode_steps_of_short_requests_launch_no_programs_of_long_ones(
     assert merges == [[0] * 3, [len(base_of().layers)] * 3]
 
 
-@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("cuda_graphs", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_a_step_copies_its_inputs_at_once_mixes_no_devices_and_waits_for_no_copy(
     cuda_graphs: bool, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def test_without_a_device_one_sentence_says_so(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == NO_DEVICE + "\n"
 
 
+@pytest.mark.nightly
 def test_it_is_started_as_a_module(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a device")

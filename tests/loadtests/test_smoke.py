@@ -192,6 +192,7 @@ def test_a_bench_that_is_terminated_removes_its_adapters(
     assert names == {"a", "b"}
 
 
+@pytest.mark.nightly
 def test_an_adapter_that_a_server_has_already_is_left_alone(
     running: Target, model: Path, tmp_path: Path
 ) -> None:

@@ -1,8 +1,8 @@
 """Kills a process before the k-th change of a scenario, in a file or in SQL, for every k.
 
-Run as a script, with the distance between one k and the next: it forks once per k, lets the child
-die, reopens the store, and checks that every committed adapter is intact and the one in flight is
-there wholly or not at all.
+It runs in a process of its own. The argument is the distance between one k and the next. For each k
+it forks, lets the child die, reopens the store, and checks that every committed adapter is intact
+and the one in flight is there wholly or not at all.
 """
 
 import json
@@ -129,7 +129,7 @@ def main(folder: Path, stride: int) -> None:
     print(json.dumps({"n_operations": k}))
 
 
-if __name__ == "__main__":
+def run() -> None:
     # In memory where there is such a place: what a kill leaves does not depend on the device.
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=shared) as temporary:

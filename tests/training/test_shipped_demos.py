@@ -17,7 +17,9 @@ N_PROMPTS = 8
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["german-numbers", "extract-email"])  # the others at night
+@pytest.mark.parametrize(
+    "name", ["german-numbers", pytest.param("extract-email", marks=pytest.mark.nightly)]
+)
 def test_the_base_fails_and_the_demo_succeeds_on_unseen_prompts(
     name: str, pulled_base: Path
 ) -> None:

@@ -45,11 +45,10 @@ def write_tensor_file(
 
 
 class GroupCodes(NamedTuple):
-    """A matrix in four bits a number: the form in which large matrices are shipped.
+    """A matrix that is stored with four bits for each number.
 
-    Groups of 32 neighbours share a float16 scale, and a code is a whole number from −7 to 7. The
-    error is about a tenth of the numbers' spread and random, so it stays small in sums over many
-    numbers.
+    32 neighbours in a row share a float16 scale, and each number is its code, −7 to 7, times that
+    scale. The errors are random, about a tenth of the numbers' spread, so they stay small in sums.
     """
 
     codes: Tensor  # uint8 [n_rows, ⌈size / GROUP⌉ · GROUP / 2]: two a byte, low half first

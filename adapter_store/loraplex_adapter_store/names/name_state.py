@@ -34,7 +34,7 @@ class Revision(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NameState:
-    """All about a name: its current revision, the kept ones, and its history.
+    """The state of a name: its current revision, the kept ones, and its history.
 
     Without revisions the name does not exist: it never did, or was deleted. Methods return the next
     state and change nothing.

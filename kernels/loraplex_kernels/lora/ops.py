@@ -53,8 +53,8 @@ class PreparedTarget:
     def linear_with_lora(self, packed: BaseLinear, x: Tensor, segments: LoraSegments) -> Tensor:
         """Return the base product of ``x`` [n_rows, in_features] plus the segments' products.
 
-        The result has the bits of ``packed(x)`` followed by a call. Native code fetches the factors
-        while it computes the base's product.
+        The bits are those of ``packed(x)`` and then this object's ``__call__``. Native code fetches
+        the factors while it computes the base's product.
         """
         native, weights = self.native, packed.native
         if native is None or weights is None or packed.dtype != self.dtype:

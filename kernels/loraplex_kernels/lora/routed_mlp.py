@@ -83,7 +83,11 @@ def gate_pairs(
     pairs: RoutedPairs,
     tables: LoraTables,
 ) -> Tensor:
-    """Return the activation of every pair [n_rows · MAX_CHOICES, ff]; others are undefined."""
+    """Return ``silu(gate) · up`` of each row and chosen expert, [n_rows · MAX_CHOICES, ff].
+
+    The base's products come from ``gate_up``; the LoRA of the pair's expert is added. The values of
+    unused places (no expert) are undefined.
+    """
     if x.is_cuda:
         from loraplex_kernels.triton.moe import gate_pairs_triton
 

@@ -135,7 +135,7 @@ def gate_pairs_triton(
     tables: LoraTables,
     segments: LoraSegments,
 ) -> Tensor:
-    """``gate_pairs``: a shrink, then an expand with the activation of the MLP behind it.
+    """Compute ``gate_pairs`` in two launches: a shrink, and an expand that ends in the activation.
 
     ``segments`` must be ``DeviceSegments`` over the rows of ``x``. Raises ValueError before the
     launches.

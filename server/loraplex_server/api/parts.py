@@ -78,7 +78,7 @@ class AdapterSelection:
 
 @dataclass(frozen=True, slots=True)
 class AdapterMakers:
-    """The makers of adapters. None: the server lacks this feature."""
+    """The makers of adapters. A field is None if the server lacks that feature."""
 
     generated: GeneratedAdapters | None = None  # from a description
     learning: Learning | None = None  # from examples

@@ -30,7 +30,10 @@ def contains(answer: str, expected: str) -> float:
 
 
 def json_equal(answer: str, expected: str) -> float:
-    """Return 1 if the texts are equal JSON, but for the order of keys and the case of texts."""
+    """Return 1 if both texts are JSON of the same value, else 0.
+
+    The order of keys and the case of strings do not matter.
+    """
     try:
         return float(_folded(json.loads(answer)) == _folded(json.loads(expected)))
     except (ValueError, RecursionError):

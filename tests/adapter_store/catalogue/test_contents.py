@@ -3,8 +3,6 @@
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +28,7 @@ from loraplex_adapter_store.store import AdapterStore, EngineHooks
 from tests.adapter_store.catalogue.conftest import ALWAYS_ASK, OpenStore
 from tests.adapter_store.test_store import put, seed_of
 from tests.support.adapters.packers import TensorsAside
+from tests.support.servers.server_process import run_python
 
 
 def objects_of(catalogue: Catalogue, digest: str) -> dict[str, str]:
@@ -237,13 +236,8 @@ def test_a_server_killed_between_content_and_name_leaves_nothing_to_see(
         "root, url = sys.argv[1:]\n"
         "put(AdapterStore(Path(root), base, catalogue=Catalogue.open(url, base)), 'x', 1)\n"
     )
-    killed = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "a"), url],
-        cwd=Path(__file__).parents[3],
-        timeout=240,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL
+    status, output = run_python(script, str(tmp_path / "a"), url)
+    assert status == -signal.SIGKILL, output
     catalogue = Catalogue.open(url, base)
     (upload,) = catalogue.contents.uploads()
     for server in ("a", "b"):

@@ -56,10 +56,9 @@ class Exploit:
 def test_code_in_a_pickle_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = pickled(tmp_path / "in", {})
-    for data in (pickle.dumps(Exploit()), pickle.dumps({"a": Exploit()})):
-        (folder / "adapter_model.bin").write_bytes(data)
-        with pytest.raises(MalformedFile, match="weights-only"):
-            convert_directory(folder, tmp_path / "out", LIMITS)
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"a": Exploit()}))
+    with pytest.raises(MalformedFile, match="weights-only"):
+        convert_directory(folder, tmp_path / "out", LIMITS)
     torch.save({"a": Exploit()}, folder / "adapter_model.bin")
     with pytest.raises(MalformedFile, match="weights-only"):
         convert_directory(folder, tmp_path / "out", LIMITS)

@@ -3,6 +3,8 @@
 from importlib.resources import files
 from pathlib import Path
 
+import pytest
+
 from loraplex_router.adapters.auto_router import AutoRouter
 from loraplex_server.adapters.resolving.semantic_router import SemanticRouter
 from loraplex_server.adapters.resolving.sentence_encoder import SharedEncoder
@@ -16,6 +18,7 @@ from research.routing.auto_routing import (
 )
 
 
+@pytest.mark.slow
 def test_shipped_tasks_are_told_apart_and_unrelated_prompts_left_alone(
     pulled_encoder: Path, tmp_path: Path
 ) -> None:

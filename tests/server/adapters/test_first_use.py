@@ -147,6 +147,7 @@ def server(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_server_survives_first_choices_and_first_descriptions_at_once(
     server: ServerProcess,
 ) -> None:

@@ -44,6 +44,7 @@ print(json.dumps({"peak": peak - before, "weights": weights}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_the_load_of_the_default_base_peaks_at_little_more_than_its_weights(
     pulled_base: Path,

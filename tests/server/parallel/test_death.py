@@ -55,6 +55,7 @@ async def test_a_dead_rank_is_a_dead_engine_at_once(
         assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 async def test_a_step_that_breaks_off_on_rank_0_ends_the_engine(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +76,7 @@ async def test_a_step_that_breaks_off_on_rank_0_ends_the_engine(
         assert workers_of(server.engine)._workers[0].process.wait(60) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 async def test_tokens_of_a_step_that_a_rank_died_in_are_not_answered(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,14 @@ def failing_start(*flags: str | Path) -> tuple[int, str]:
     return status, server.log
 
 
+def run_python(code: str, *arguments: str, timeout_s: float = 250) -> tuple[int, str]:
+    """Run code in a fork of a process that has imported the server; return status and output."""
+    process = _warm_python().start(arguments, _environment(), code)
+    with process.stdout:
+        output = process.stdout.read()
+    return process.wait(timeout_s), output
+
+
 @contextmanager
 def _started(
     command: Sequence[str], *, warm: bool, added: Mapping[str, str] = _NOTHING

@@ -1,8 +1,8 @@
-"""Processes that run `loraplex` and start in a tenth of the time: forks of one that imported it.
+"""Processes that start in a tenth of the time, as forks of one that has imported `loraplex`.
 
 `WarmPython` starts this file as a program. The program imports what a server needs, then forks
 once for each request. A fork has the arguments, environment, folder and output that the request
-names, and runs the command line's ``main`` as a new interpreter would.
+names, and runs the command line's ``main``, or other code, as a new interpreter would.
 """
 
 import importlib
@@ -82,11 +82,16 @@ class WarmPython:
                 pass_fds=[theirs.fileno()],
             )
 
-    def start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> ForkedProcess:
-        """Run `loraplex` with these arguments; its errors go to the output, too."""
+    def start(
+        self, arguments: Sequence[str], environment: Mapping[str, str], code: str = ""
+    ) -> ForkedProcess:
+        """Run `loraplex`, or ``code``, with these arguments; errors go to the output, too.
+
+        ``code`` can import what the working directory holds, as with ``python -c``.
+        """
         output, their_output = os.pipe()
         status, their_status = socket.socketpair()
-        request = {"arguments": list(arguments), "environment": dict(environment)}
+        request = {"arguments": list(arguments), "environment": dict(environment), "code": code}
         message = json.dumps({**request, "folder": os.getcwd()}).encode()
         assert len(message) < _MAX_REQUEST
         socket.send_fds(self._requests, [message], [their_output, their_status.fileno()])
@@ -102,8 +107,8 @@ class WarmPython:
         self._process.wait(30)
 
 
-def _serve_forks(requests: socket.socket) -> None:
-    """Fork for each request until the tests end. Returns in each fork, ready to run."""
+def _serve_forks(requests: socket.socket) -> str:
+    """Fork for each request until the tests end. Returns the code to run, in each fork."""
     for name in _PRELOADED:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for the first forks
@@ -116,8 +121,9 @@ def _serve_forks(requests: socket.socket) -> None:
             requests.close()
             _wait_for_a_fork(status)
             os.close(status)
-            _take_on(json.loads(message), output)
-            return
+            request = json.loads(message)
+            _take_on(request, output)
+            return str(request["code"])
         os.close(output)
         os.close(status)
 
@@ -145,10 +151,14 @@ def _take_on(request: Mapping[str, Any], output: int) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.argv = ["loraplex", *request["arguments"]]
+    if request["code"]:
+        sys.path.insert(0, request["folder"])
 
 
 if __name__ == "__main__":
-    _serve_forks(socket.socket(fileno=int(sys.argv[1])))
-    from loraplex_server.cli.app import main
+    if code := _serve_forks(socket.socket(fileno=int(sys.argv[1]))):
+        exec(code, {"__name__": "__main__"})
+    else:
+        from loraplex_server.cli.app import main
 
-    main()
+        main()

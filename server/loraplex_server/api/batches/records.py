@@ -68,7 +68,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
-    """A batch."""
+    """The stored state of a batch."""
 
     id: str
     caller: BatchCaller

@@ -109,7 +109,7 @@ class RemoteEngine:
 
     @property
     def age_s(self) -> float:
-        """The age of ``replicas``."""
+        """Return the seconds since the last poll that renewed ``replicas``."""
         return time.monotonic() - self._polled_at
 
     def n_queued(self, tenant: str) -> int:

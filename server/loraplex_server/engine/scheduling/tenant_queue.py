@@ -170,7 +170,10 @@ class TenantQueue:
         return 0.0 if self._last_left is None else self._last_left.counter
 
     def _prune(self) -> None:
-        """Drops idle adapters whose counters would rise anyway when they return."""
+        """Forget idle adapters whose counters are at most the least of the waiting adapters.
+
+        Such an adapter starts at that least counter when it returns, so nothing is lost.
+        """
         least = self._least_counter()
         self._adapters = {
             digest: queue

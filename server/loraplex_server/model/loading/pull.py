@@ -155,10 +155,11 @@ def resolve_model(spec: str | None = None) -> Path:
 
 
 def public_name(spec: str | None, directory: Path) -> str:
-    """Return the name of a base for clients and adapters' files, without a path of this machine.
+    """Return the name under which clients and adapters' files know a base.
 
-    It is the Hub id or packaged name, or the last part of a folder's or file's path. ``directory``:
-    that ``resolve_model`` returned for ``spec``.
+    For a ``spec`` that is a path, the name is the last part of ``directory``, the result of
+    ``resolve_model``: paths of this machine are not shown. Other specs are names already (Hub ids
+    or packaged names) and are returned as they are. None means the default base.
     """
     if spec is None:
         return DEFAULT_BASE

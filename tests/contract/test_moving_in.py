@@ -19,7 +19,7 @@ from openai import BadRequestError, OpenAI
 
 from tests.support.servers.server_process import ServerProcess
 
-from .conftest import INFER
+from .conftest import ADMIN, INFER
 
 SCHEMA = {"type": "boolean"}
 BOOLEAN, LETTERS, WORDS = "true|false", "[ab]{3}", "yes|no"
@@ -321,3 +321,146 @@ def test_anthropics_client_pages_through_the_models(
     assert [model.id for model in page] == names
     model = claude.models.retrieve("one")
     assert (model.type, model.display_name, model.created_at.year > 2000) == ("model", "one", True)
+
+
+def _native(http: httpx.Client, body: dict[str, Any]) -> Any:
+    answer = http.post("/generate", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def _bench(prompt: str | list[int], adapter: str | None, *, stream: bool) -> dict[str, Any]:
+    """Return the body that `sglang.bench_serving` posts."""
+    return {
+        "text" if isinstance(prompt, str) else "input_ids": prompt,
+        "sampling_params": {"temperature": 0.0, "max_new_tokens": 9, "ignore_eos": True},
+        "stream": stream,
+        "lora_path": adapter,
+        "return_logprob": True,
+        "return_routed_experts": False,
+        "logprob_start_len": -1,
+    }
+
+
+def test_sglangs_generate_answers_as_completions_do(http: httpx.Client, client: OpenAI) -> None:
+    prompt = "hi there"
+    ids = http.post("/tokenize", json={"model": "tiny", "prompt": prompt}).json()["tokens"]
+    for adapter in ("", "one", "org/three"):
+        wanted = client.completions.create(
+            model=adapter or "tiny",
+            prompt=prompt,
+            max_tokens=9,
+            temperature=0,
+            logprobs=2,
+            extra_body={"ignore_eos": True, "return_token_ids": True, "prompt_logprobs": 2},
+        ).choices[0]
+        assert wanted.logprobs is not None
+        extra: Any = wanted.model_extra
+        for asked in (prompt, ids):
+            answer = _native(http, _bench(asked, adapter, stream=False))
+            assert (answer["text"], answer["output_ids"]) == (wanted.text, extra["token_ids"])
+            meta = answer["meta_info"]
+            assert (meta["prompt_tokens"], meta["completion_tokens"]) == (len(ids), 9)
+            assert meta["finish_reason"] == {"type": "length", "length": 9}
+            assert meta["input_token_logprobs"] == []
+            logprobs, answered, texts = zip(*meta["output_token_logprobs"], strict=True)
+            assert logprobs == pytest.approx(wanted.logprobs.token_logprobs, abs=1e-4)
+            assert [*answered] == extra["token_ids"]
+            assert {*texts} == {None}
+        shown = {"logprob_start_len": 1, "top_logprobs_num": 2, "return_text_in_logprobs": True}
+        meta = _native(http, {**_bench(prompt, adapter, stream=False), **shown})["meta_info"]
+        for number, (logprob, token_id, text) in enumerate(meta["input_token_logprobs"], 1):
+            told = extra["prompt_logprobs"][number][str(token_id)]
+            assert (token_id, text) == (ids[number], told["decoded_token"])
+            assert logprob == pytest.approx(told["logprob"], abs=1e-4)
+        assert len(meta["input_token_logprobs"]) == len(ids) - 1
+        assert {len(top) for top in meta["output_top_logprobs"]} == {2}
+        with http.stream("POST", "/generate", json=_bench(prompt, adapter, stream=True)) as stream:
+            *events, end = [line for line in stream.iter_lines() if line]
+        assert end == "data: [DONE]"
+        told = [json.loads(event.removeprefix("data: ")) for event in events]
+        assert [each["meta_info"]["finish_reason"] is None for each in told] == [True] * (
+            len(told) - 1
+        ) + [False]
+        assert told[-1]["text"] == wanted.text
+        assert all(wanted.text.startswith(each["text"].rstrip("\ufffd")) for each in told)
+        assert told[-1]["meta_info"]["output_token_logprobs"] == [
+            [pytest.approx(logprob, abs=1e-4), token_id, None]
+            for logprob, token_id in zip(
+                wanted.logprobs.token_logprobs or [], extra["token_ids"], strict=True
+            )
+        ]
+
+
+def test_each_prompt_of_sglangs_batch_has_its_adapter(http: httpx.Client) -> None:
+    one = _bench("hi there", "one", stream=False)
+    base = {**_bench("what", None, stream=False), "sampling_params": {"temperature": 0, "n": 2}}
+    batch = {
+        **one,
+        "text": ["hi there", "what"],
+        "lora_path": ["one", None],
+        "sampling_params": [one["sampling_params"], base["sampling_params"]],
+    }
+    response = http.post("/generate", json=batch)
+    answers = response.json()
+    assert len(answers) == 3, response.text
+    calls = http.get("/v1/requests").json()["data"]
+    (call,) = [each for each in calls if each["id"] == response.headers["x-request-id"]]
+    assert (call["n_choices"], call["status"]) == (3, 200)
+    n_prompt = answers[0]["meta_info"]["prompt_tokens"] + answers[1]["meta_info"]["prompt_tokens"]
+    assert call["prompt_tokens"] == n_prompt
+    alone = [_native(http, one), *_native(http, base)]
+    assert [each["output_ids"] for each in answers] == [each["output_ids"] for each in alone]
+    assert len(_native(http, {"text": ["hi"], "sampling_params": {"max_new_tokens": 2}})) == 1
+    ids = _native(http, {"input_ids": [[5, 6], [7]], "sampling_params": {"max_new_tokens": 2}})
+    assert [each["meta_info"]["prompt_tokens"] for each in ids] == [2, 1]
+    text = _native(http, {"text": "x", "sampling_params": {"regex": LETTERS}})["text"]
+    assert re.fullmatch(LETTERS, text)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"lora_path": "nobody"}, "lora_path"),
+        ({"text": ["x", "y"], "lora_path": ["one", "nobody"]}, "lora_path"),
+        ({"text": ["x", "y"], "lora_path": ["one"]}, "lora_path"),
+        ({"text": ["x", "y"], "stream": True}, "stream"),
+        ({"lora": "one"}, "lora"),
+        ({"sampling_params": {"lora_path": "one"}}, "lora_path"),
+        ({"sampling_params": {"temperature": 9}}, "temperature"),
+        ({"sampling_params": {"custom_params": {"x": 1}}}, "custom_params"),
+        ({"sampling_params": 3}, "sampling_params"),
+        ({"image_data": "x"}, "image_data"),
+        ({"input_ids": [1]}, "text"),
+        ({"input_ids": [10**6], "text": None}, "input_ids"),
+        ({"return_logprob": True, "logprob_start_len": 0, "stream": True}, "logprob_start_len"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else json.dumps(value),
+)
+def test_what_sglangs_generate_cannot_do_is_refused_by_name(
+    http: httpx.Client, wrong: dict[str, Any], param: str
+) -> None:
+    answer = http.post("/generate", json={"text": "x", **wrong})
+    assert answer.status_code in (400, 404), answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_sglangs_routes_load_and_unload_adapters(server: ServerProcess, http: httpx.Client) -> None:
+    admin = {"Authorization": f"Bearer {ADMIN}"}
+    load = {"lora_name": "again", "lora_path": "one"}
+    assert http.post("/load_lora_adapter", json=load).status_code == 403  # the key may only ask
+    outside = {"lora_name": "passwd", "lora_path": "/etc"}
+    assert http.post("/load_lora_adapter", json=outside, headers=admin).status_code == 403
+    loaded = http.post("/load_lora_adapter", json=load, headers=admin)
+    assert loaded.json() == {
+        "success": True,
+        "error_message": "",
+        "loaded_adapters": {"again": "one"},
+    }, loaded.text
+    again, one = (_native(http, _bench("hi", name, stream=False)) for name in ("again", "one"))
+    assert again["output_ids"] == one["output_ids"]
+    twice = http.post("/load_lora_adapter", json=load, headers=admin)
+    assert (twice.status_code, "already been loaded" in twice.text) == (400, True)
+    name = {"lora_name": "again"}
+    assert http.post("/unload_lora_adapter", json=name, headers=admin).json()["success"] is True
+    assert http.post("/generate", json=_bench("hi", "again", stream=False)).status_code == 404

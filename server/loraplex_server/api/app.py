@@ -15,7 +15,7 @@ from loraplex_server.settings.config import HttpConfig, ServerConfig
 
 from .batches.batch_store import BatchStore
 from .batches.runner import BatchRunner
-from .compat import tgi, tinker
+from .compat import sglang, tgi, tinker
 from .error_handlers import add_error_handlers
 from .fine_tuning.runner import FineTuning, TunedBase
 from .fine_tuning.tuning_store import TuningStore
@@ -60,7 +60,7 @@ from .state import AppState
 # and would match the rest of the path.
 _KEYED = (
     *(files, batches, fine_tuning, generate, vectors, models, make_adapters, routing, revisions),
-    *(jobs, activity, adapters, lora_compat, tokens, metrics, tinker, tgi),
+    *(jobs, activity, adapters, lora_compat, tokens, metrics, tinker, tgi, sglang),
 )
 _EXPOSED_HEADERS = (
     *("etag", "location", "retry-after", "retry-after-ms", "x-loraplex-adapter", "x-request-id"),

@@ -50,6 +50,11 @@ class RequestInfo:
         if self.record is not None:
             self.record.adapter, self.record.chosen_by = adapter, chosen_by
 
+    def add_tokens(self, n_prompt: int, n_output: int) -> None:
+        """Count the tokens of one of the request's calls for text."""
+        self.n_prompt_tokens = (self.n_prompt_tokens or 0) + n_prompt
+        self.n_output_tokens = (self.n_output_tokens or 0) + n_output
+
     def failed(self, code: str) -> None:
         """Record the code of the error that ends the answer or its stream."""
         if self.record is not None:

@@ -154,11 +154,15 @@ class AppState:
         return int(time())
 
     def begin_call(self, request: Request) -> tuple[RequestInfo, CallRecord]:
-        """Log a call for text or vectors from now on, even if the call is refused."""
+        """Log a call for text or vectors from now on, even if the call is refused.
+
+        Calls of one request, which has a prompt for each of several adapters, share their record.
+        """
         info = info_of(request.scope)
-        info.record = record = CallRecord(info.id, request.scope["path"], info.tenant)
-        self.metrics.calls.begin(record)
-        return info, record
+        if info.record is None:
+            info.record = CallRecord(info.id, request.scope["path"], info.tenant)
+            self.metrics.calls.begin(info.record)
+        return info, info.record
 
 
 async def state_of(request: Request) -> AppState:

@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 _MAX_WARNED = 1000  # distinct unknown field names that are logged; clients choose the names
 _MAX_NAME = 64
 _UNION_MEMBERS = frozenset({"str", "int", "list", "dict", "float", "bool"})
+_BODIES = frozenset({"TGI", "SGLang"})  # tags of the bodies of /generate
 _OBJECT_ERRORS = frozenset({"model_type", "model_attributes_type", "dict_type"})
 
 
@@ -90,7 +91,7 @@ def _path(location: tuple[int | str, ...]) -> str:
         if isinstance(part, int):
             path += f"[{part}]"
         elif not path:
-            path = part[:_MAX_NAME]
+            path = "" if part in _BODIES else part[:_MAX_NAME]
         elif _is_field(part):
             path += f".{part}"
     return path

@@ -59,7 +59,10 @@ class CallMetrics:
         n_prompt: int,
     ) -> None:
         """Begin a call before it is submitted. ``n_prompt``: tokens of all prompts."""
-        record.n_choices, record.prompt_tokens, record.load_s = n, n_prompt, load_s
+        is_first = record.load_s is None  # of the calls that share the record
+        record.n_choices = n if is_first else record.n_choices + n
+        record.prompt_tokens += n_prompt
+        record.load_s = load_s
         self._server, self._record = server, record
         self._adapter: AdapterCounters | str = adapter  # counters once admitted
         self._activity: AdapterActivity | None = None  # once admitted

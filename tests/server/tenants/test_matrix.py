@@ -108,6 +108,8 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
     ("POST", "/v1/unload_lora_adapter"): [
         Row("/v1/unload_lora_adapter", {"lora_name": "{}"}, 200, 403)
     ],
+    ("POST", "/load_lora_adapter"): [Row("/load_lora_adapter", LOAD, 400, 403, 200)],
+    ("POST", "/unload_lora_adapter"): [Row("/unload_lora_adapter", {"lora_name": "{}"}, 200, 403)],
     # Tested with the names in their answers, see test_names.py.
     ("GET", "/v1/models"): NO_ADAPTER,
     ("GET", "/v1/adapters"): NO_ADAPTER,

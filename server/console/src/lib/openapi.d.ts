@@ -115,6 +115,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/load_lora_adapter": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Load Lora Adapter */
+        post: operations["load_lora_adapter_load_lora_adapter_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/metrics": {
         parameters: {
             query?: never;
@@ -242,6 +259,23 @@ export interface paths {
         put?: never;
         /** Tokenize */
         post: operations["tokenize_tokenize_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/unload_lora_adapter": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Unload Lora Adapter */
+        post: operations["unload_lora_adapter_unload_lora_adapter_post"];
         delete?: never;
         options?: never;
         head?: never;
@@ -1294,6 +1328,20 @@ export interface components {
             registered: number;
             /** Slots */
             slots: number;
+        };
+        /**
+         * AdapterUpdate
+         * @description ``loaded_adapters`` has the adapter of the request, and no others of the server.
+         */
+        AdapterUpdate: {
+            /** Error Message */
+            error_message: string;
+            /** Loaded Adapters */
+            loaded_adapters: {
+                [key: string]: string;
+            };
+            /** Success */
+            success: boolean;
         };
         /**
          * AdapterUsage
@@ -3033,6 +3081,53 @@ export interface components {
         } & {
             [key: string]: unknown;
         };
+        /** NativeAnswer */
+        NativeAnswer: {
+            /** Meta Info */
+            meta_info: {
+                [key: string]: components["schemas"]["JsonValue"];
+            };
+            /** Output Ids */
+            output_ids: number[];
+            /** Text */
+            text: string;
+        };
+        /**
+         * NativeBody
+         * @description One prompt, or a list of prompts with an adapter each.
+         */
+        NativeBody: ({
+            /** Input Ids */
+            input_ids?: number[] | number[][] | null;
+            /** Logprob Start Len */
+            logprob_start_len?: number | null;
+            /** Lora Path */
+            lora_path?: string | (string | null)[] | null;
+            /** Model */
+            model?: string | null;
+            /** Return Logprob */
+            return_logprob?: boolean | null;
+            /** Return Text In Logprobs */
+            return_text_in_logprobs?: boolean | null;
+            /** Sampling Params */
+            sampling_params?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | {
+                [key: string]: components["schemas"]["JsonValue"];
+            }[] | null;
+            /** Stream */
+            stream?: boolean | null;
+            /** Text */
+            text?: string | string[] | null;
+            /** Top Logprobs Num */
+            top_logprobs_num?: number | null;
+        } & {
+            [key: string]: unknown;
+        }) & ({
+            text: string | unknown[];
+        } | {
+            input_ids: unknown[];
+        });
         /** OutputConfig */
         OutputConfig: {
             format?: components["schemas"]["JsonFormat"] | null;
@@ -4407,7 +4502,7 @@ export interface operations {
         };
         requestBody: {
             content: {
-                "application/json": components["schemas"]["GenerateBody"];
+                "application/json": components["schemas"]["GenerateBody"] | components["schemas"]["NativeBody"];
             };
         };
         responses: {
@@ -4417,7 +4512,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["GenerateAnswer"];
+                    "application/json": components["schemas"]["GenerateAnswer"] | components["schemas"]["NativeAnswer"] | components["schemas"]["NativeAnswer"][];
                 };
             };
             /** @description a value is wrong; the message names it */
@@ -4709,6 +4804,120 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description too many requests or tokens; see Retry-After */
+            429: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the server cannot answer now; see Retry-After */
+            503: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    load_lora_adapter_load_lora_adapter_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["LoadLoraBody"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["AdapterUpdate"];
+                };
+            };
+            /** @description a value is wrong; the message names it */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no valid API key */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the API key may not do this */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no such adapter, model or route */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the adapter has changed since it was read */
+            412: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the body is larger than this server accepts */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the route needs another Content-Type */
+            415: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description Validation Error */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["HTTPValidationError"];
                 };
             };
             /** @description too many requests or tokens; see Retry-After */
@@ -5288,6 +5497,120 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description too many requests or tokens; see Retry-After */
+            429: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the server cannot answer now; see Retry-After */
+            503: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    unload_lora_adapter_unload_lora_adapter_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["UnloadLoraBody"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["AdapterUpdate"];
+                };
+            };
+            /** @description a value is wrong; the message names it */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no valid API key */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the API key may not do this */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no such adapter, model or route */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the adapter has changed since it was read */
+            412: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the body is larger than this server accepts */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the route needs another Content-Type */
+            415: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description Validation Error */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["HTTPValidationError"];
                 };
             };
             /** @description too many requests or tokens; see Retry-After */

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 OTHER_ROUTES: Mapping[str, str] = {
     # TGI and SGLang
     "/embed": "/v1/embeddings",
-    "/load_lora_adapter": "/v1/load_lora_adapter",
-    "/unload_lora_adapter": "/v1/unload_lora_adapter",
     "/get_model_info": "/v1/models",
     # llama.cpp
     "/completion": "/v1/completions",

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from loraplex_server.adapters.resolving.resolved_adapter import ResolvedAdapter
 from loraplex_server.api.json_route import JsonRoute
@@ -28,10 +28,13 @@ from loraplex_server.api.state import AppState, State
 from loraplex_server.api.streaming.sse import OPENAI_SSE
 from loraplex_server.errors import invalid
 
+from .sglang import NativeAnswer, NativeBody, answer_native
+
 router = APIRouter(route_class=JsonRoute)
 _RESPONSES = errors(404, 415, 499)
 _API = TextApi("gen-", "inputs", "max_new_tokens", sse=OPENAI_SSE._replace(end=b""))
 _MAX_NEW_TOKENS = 100  # of TGI
+_OF_SGLANG = frozenset({"text", "input_ids"})
 _ADAPTER = "parameters.adapter_id"
 _REFUSED: Rules = {
     "model": (is_set, f"name the adapter in '{_ADAPTER}'"),
@@ -103,8 +106,26 @@ async def generate_or_stream(body: GenerateBody, request: Request, state: State)
     return await _answer(state, request, body, stream=bool(body.stream), as_list=True)
 
 
-@router.post("/generate", response_model=GenerateAnswer, responses=_RESPONSES)
-async def generate(body: GenerateBody, request: Request, state: State) -> Response:
+def _kind_of(body: object) -> str:
+    """Return the tag of a body of /generate: ``inputs`` is of TGI."""
+    of_sglang = isinstance(body, dict) and "inputs" not in body and body.keys() & _OF_SGLANG
+    return "SGLang" if of_sglang or isinstance(body, NativeBody) else "TGI"
+
+
+_EitherBody = Annotated[
+    Annotated[GenerateBody, Tag("TGI")] | Annotated[NativeBody, Tag("SGLang")],
+    Discriminator(_kind_of),
+]
+
+
+@router.post(
+    "/generate",
+    response_model=GenerateAnswer | NativeAnswer | list[NativeAnswer],
+    responses=_RESPONSES,
+)
+async def generate(body: _EitherBody, request: Request, state: State) -> Response:
+    if isinstance(body, NativeBody):
+        return await answer_native(state, request, body)
     return await _answer(state, request, body, stream=False)
 
 

@@ -12,7 +12,7 @@ from loraplex_adapter_store.names.selector import (
 )
 from loraplex_server.adapters.adding.card_file import MAX_CARD_EXAMPLES, MAX_CARD_TEXT
 
-from .body import Body, Few, JsonObject
+from .body import INT64_END, Body, Few, JsonObject
 from .training_shape import TrainingEvaluation, TrainingShape
 
 _CardText = Annotated[str, Field(max_length=MAX_CARD_TEXT)]
@@ -56,7 +56,7 @@ class UnloadLoraBody(Body):
     model_config = ConfigDict(json_schema_extra={"required": ["lora_name"]})
 
     lora_name: Annotated[str, Field(max_length=512, json_schema_extra=_NEEDED)] = ""
-    lora_int_id: int | None = None
+    lora_int_id: Annotated[int, Field(ge=-INT64_END, lt=INT64_END)] | None = None
 
 
 _ExampleText = Annotated[str, Field(min_length=1, max_length=MAX_EXAMPLE)]

@@ -17,7 +17,7 @@ from .generation import (
 )
 
 
-def _check_prompt(value: object) -> object:
+def check_prompt(value: object) -> object:
     """Name the first wrong item. The union below would list every item four times."""
     if not isinstance(value, list):
         return value
@@ -50,7 +50,7 @@ PromptInput = Annotated[
     | Annotated[Few[str], Field(min_length=1)]
     | Annotated[Few[TokenId], Field(min_length=1)]
     | Annotated[Few[Few[TokenId]], Field(min_length=1)],
-    BeforeValidator(_check_prompt),
+    BeforeValidator(check_prompt),
 ]
 
 

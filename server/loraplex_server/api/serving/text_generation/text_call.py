@@ -165,8 +165,18 @@ class TextCall(Generic[B]):
         if self._body.stream:
             ping_s = self.state.config.http.ping_interval_s
             return SseResponse(self._events(source), ping_s=ping_s, form=self.api.sse)
-        answer = self._answer(source)
+        answer = self.answer(source)
         return ORJSONResponse(await unless_client_leaves(answer, self.request.receive))
+
+    async def answer(self, source: PromptSource[B]) -> bytes:
+        """Return the whole answer. Raises ApiError."""
+        generation, format_ = await self._start(source)
+        try:
+            choices = await generation.collect()
+            await self._share_prompt_logprobs(choices)
+            return format_.body(choices, generation.usage)
+        finally:
+            self._close(generation)
 
     async def resolve(self, source: PromptSource[B]) -> ResolvedAdapter:
         """Return the adapter; the caller releases it. Raises ApiError."""
@@ -191,15 +201,6 @@ class TextCall(Generic[B]):
         finally:
             self._close(generation)
 
-    async def _answer(self, source: PromptSource[B]) -> bytes:
-        generation, format_ = await self._start(source)
-        try:
-            choices = await generation.collect()
-            await self._share_prompt_logprobs(choices)
-            return format_.body(choices, generation.usage)
-        finally:
-            self._close(generation)
-
     async def _share_prompt_logprobs(self, choices: Sequence[ChoiceOutput]) -> None:
         """Copy prompt log-probabilities from each prompt's first choice to its other choices."""
         n_top = self._body.prompt_logprobs
@@ -214,8 +215,7 @@ class TextCall(Generic[B]):
 
     def _close(self, generation: Generation) -> None:
         generation.close()
-        usage = generation.usage
-        self.info.n_prompt_tokens, self.info.n_output_tokens = usage.n_prompt, usage.n_output
+        self.info.add_tokens(generation.usage.n_prompt, generation.usage.n_output)
 
     async def _start(self, source: PromptSource[B]) -> tuple[Generation, AnswerFormat]:
         """The caller closes the generation. Raises ApiError, with the adapter released."""

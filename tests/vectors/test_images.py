@@ -224,8 +224,7 @@ async def test_a_base_of_texts_names_what_it_lacks(server: Server) -> None:
         assert await _refusal(server, "/v1/embeddings", input=given) == (
             400,
             "base_reads_no_images",
-            "base embeds texts, and no images; serve an image encoder, such as CLIP or ViT, for "
-            "them",
+            "base reads no images as input; serve an image encoder, such as CLIP or ViT, for them",
         )
     body = {"input": _CAT, "labels": ["a"]}
     status, code, _ = await _refusal(server, "/v1/classify/zero-shot", **body)

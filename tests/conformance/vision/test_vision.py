@@ -21,7 +21,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3ForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from tests.conformance.expert_rows import EXPERT_ROWS
 from tests.conformance.load import put_upload
@@ -103,6 +108,7 @@ _CASES = (
     _Case(_TWO, (1, 2)),
     _Case(_TWO, (2, 1)),
 )
+_HEAD = "saved-head"
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,8 @@ class _Served:
     processor: Any
     models: Mapping[str, torch.nn.Module]
     answers: Mapping[_Case, _Answer]
+    classifier: torch.nn.Module  # the base with the saved head
+    logits: Mapping[_Case, Sequence[float]]  # of classes, by the saved head
 
 
 @cache
@@ -136,9 +144,40 @@ def _served(row: VisionRow, folder: Path) -> _Served:
     if row.earlier_names:
         models["earlier-names"] = models["all-linear"]
         _rename(folder / "all-linear", folder / "earlier-names", row.earlier_names)
-    cases = [_Case(c.text, c.images, name) for name in models for c in _CASES]
-    answers = asyncio.run(_ask_all(path, folder, list(models), cases))
-    return _Served(base, processor_of(path), models, answers)
+    classifier = classifier_of(base)
+    models[_HEAD] = _save_classifier(row, classifier, folder / _HEAD)
+    cases = [_Case(c.text, c.images, name) for name in models if name != _HEAD for c in _CASES]
+    answers, logits = asyncio.run(_ask_all(path, folder, list(models), cases))
+    return _Served(base, processor_of(path), models, answers, classifier, logits)
+
+
+def classifier_of(base: PreTrainedModel) -> PreTrainedModel:
+    """Return transformers' classifier around a copy of the layers of ``base``.
+
+    Gemma 3 has a class of its own. Those of other layouts are the general one that it is made of.
+    """
+    config = copy.deepcopy(base.config)
+    config.num_labels = 3
+    family = type(base).__mro__[1]
+    kinds = (GenericForSequenceClassification, family)
+    kind: Any = type(f"{type(base).__name__}Classes", kinds, {})
+    if config.model_type == "gemma3":
+        kind = Gemma3ForSequenceClassification
+    with torch.device("meta"):
+        classifier = kind(config)
+    classifier.model = copy.deepcopy(base.get_submodule("model"))
+    torch.manual_seed(0)
+    classifier.score = torch.nn.Linear(config.get_text_config().hidden_size, 3, bias=False)
+    model: PreTrainedModel = classifier.eval()
+    return model
+
+
+def _save_classifier(row: VisionRow, classifier: PreTrainedModel, folder: Path) -> torch.nn.Module:
+    """Save a LoRA on the language model and the tower, with the head that PEFT saves beside it."""
+    trunk = rf".*\.{row.trunk}\..*\.(q_proj|v_proj|down_proj)|.*\.(fc1|qkv)"
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=trunk)
+    adapter = PeftRow(_HEAD, lambda: config, moved(0.1))
+    return make_peft(adapter, copy.deepcopy(classifier), folder)
 
 
 class _TextModel:
@@ -181,7 +220,7 @@ def _rename(source: Path, target: Path, names: Sequence[tuple[str, str]]) -> Non
 
 async def _ask_all(
     base: Path, folder: Path, names: list[str], cases: list[_Case]
-) -> dict[_Case, _Answer]:
+) -> tuple[dict[_Case, _Answer], dict[_Case, list[float]]]:
     """Ask all cases at once, so that adapters and images share steps and the prefix cache.
 
     Steps are short, so that most images are divided.
@@ -190,12 +229,25 @@ async def _ask_all(
         for name in filter(None, names):
             put = await put_upload(client, name, folder / name)
             assert put.status == 201, f"{name}: {put.message}"
+        classified = asyncio.gather(*(_classify(client, case) for case in _CASES))
         first = await asyncio.gather(*(_ask(client, case) for case in cases))
         again = await asyncio.gather(*(_ask(client, case, echo=False) for case in cases))
+        logits = dict(zip(_CASES, await classified, strict=True))
+        for case in _CASES[1:2]:  # with the prefix cache, from the images that the tower has read
+            assert await _classify(client, case) == pytest.approx(logits[case], abs=_TOLERANCE)
     for case, one, other in zip(cases, first, again, strict=True):
         assert one.token_ids == other.token_ids, f"{case} differs with cached prefixes"
         assert one.logprobs == pytest.approx(other.logprobs, abs=_TOLERANCE)
-    return dict(zip(cases, first, strict=True))
+    return dict(zip(cases, first, strict=True)), logits
+
+
+async def _classify(client: httpx.AsyncClient, case: _Case) -> list[float]:
+    body = {"adapter": _HEAD, "messages": case.messages(), "use_activation": False}
+    # a chat's prompt ends with the opening of the answer
+    answer = await client.post("/classify", json={**body, "add_generation_prompt": True})
+    assert answer.status_code == 200, answer.text
+    (classes,) = answer.json()["data"]
+    return list(classes["probs"])
 
 
 async def _ask(client: httpx.AsyncClient, case: _Case, *, echo: bool = True) -> _Answer:
@@ -228,6 +280,14 @@ async def _ask(client: httpx.AsyncClient, case: _Case, *, echo: bool = True) -> 
 
 def _logprobs(served: _Served, model: torch.nn.Module, case: _Case, answer: _Answer) -> Any:
     """Return the oracle's prompt ids, and its log-probabilities [n − 1, vocab_size]."""
+    prompt_ids, output = _forward(served, model, case, answer.token_ids)
+    return prompt_ids, torch.log_softmax(output.logits[0, :-1].double(), dim=-1)
+
+
+def _forward(
+    served: _Served, model: torch.nn.Module, case: _Case, answer_ids: Sequence[int]
+) -> tuple[list[int], Any]:
+    """Return the oracle's prompt ids, and its output for the prompt and an answer."""
     parts = [{"type": "image"}] * len(case.images) + [{"type": "text", "text": case.text}]
     chat = [{"role": "user", "content": parts}]
     text = served.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -238,11 +298,11 @@ def _logprobs(served: _Served, model: torch.nn.Module, case: _Case, answer: _Ans
     for name in {"mm_token_type_ids", "token_type_ids"} & set(inputs):
         # PaliGemma's answer, of type 1, is causal behind a prompt of type 0
         of_answer = int(served.base.config.model_type == "paligemma")
-        inputs[name] = pad(inputs[name], (0, len(answer.token_ids)), value=of_answer)
-    ids = torch.cat([prompt_ids, torch.tensor([answer.token_ids])], dim=1)
+        inputs[name] = pad(inputs[name], (0, len(answer_ids)), value=of_answer)
+    ids = torch.cat([prompt_ids, torch.tensor([[*answer_ids]], dtype=torch.int64)], dim=1)
     with torch.inference_mode():
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs)
-    return prompt_ids[0].tolist(), torch.log_softmax(output.logits[0, :-1].double(), dim=-1)
+    return prompt_ids[0].tolist(), output
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +347,27 @@ def test_chats_with_images_are_answered_as_transformers_and_peft_answer(
         if adapter:
             _, plain = _logprobs(served, served.base, case, answer)
             assert (plain - expected).abs().max() > _MATTERS
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.id, marks=[pytest.mark.nightly] if row.nightly else [])
+        for row in VISION_ROWS
+    ],
+)
+def test_classes_of_chats_with_images_are_those_of_the_saved_head(
+    row: VisionRow, folder: Path
+) -> None:
+    served = _served(row, folder / row.id)
+    tuned = served.models[_HEAD]
+    for case, found in served.logits.items():
+        expected = _forward(served, tuned, case, ())[1].logits[0]
+        assert (expected - torch.tensor(found)).abs().max() < _TOLERANCE, f"{case.text}"
+        plain = _forward(served, served.classifier, case, ())[1].logits[0]
+        assert (expected - plain).abs().max() > _MATTERS
+    one, other = (served.logits[case] for case in _CASES[1:3])
+    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > _MATTERS
 
 
 def test_an_image_changes_the_answer(folder: Path) -> None:

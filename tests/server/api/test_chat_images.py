@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from anthropic import Anthropic
 from openai import OpenAI
 from peft import LoraConfig
@@ -21,7 +22,13 @@ from tests.conformance.base_rows import BASE_ROWS
 from tests.conformance.oracle import make_peft
 from tests.conformance.peft_row import PeftRow, moved
 from tests.conformance.tiny_base import app_of, save_base, tiny_engine_config
-from tests.support.bases.tiny_vision import IMAGE_ID, made_image, png, save_tiny_vision
+from tests.support.bases.tiny_vision import (
+    IMAGE_ID,
+    made_image,
+    png,
+    processor_of,
+    save_tiny_vision,
+)
 from tests.support.servers.served_app import served_app
 from tests.support.servers.web_folder import WebFolder, web_folder
 
@@ -344,11 +351,33 @@ def test_adapters_of_parts_that_take_none_are_refused_by_name(
     assert f"vision_tower.embeddings.{target}" in answer.text
 
 
-def test_images_give_no_vectors(url: str) -> None:
-    body = {"model": "base", "messages": _user(made_image(1), _SEES)}
-    answer = httpx.post(f"{url}/v1/embeddings", json=body)
-    assert answer.status_code == 400
-    assert "no vectors" in answer.json()["error"]["message"]
+def test_the_vector_of_a_chat_with_an_image_is_the_mean_of_its_states(
+    url: str, tmp_path: Path
+) -> None:
+    messages = _user(made_image(1), _SEES)
+    answer = httpx.post(f"{url}/v1/embeddings", json={"model": "base", "messages": messages})
+    assert answer.status_code == 200, answer.text
+    path = save_tiny_vision("llava", tmp_path / "base")
+    model, processor = AutoModelForImageTextToText.from_pretrained(path), processor_of(path)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _SEES}]}]
+    text = processor.apply_chat_template(chat, tokenize=False)
+    inputs = processor(text=[text], images=[made_image(1)], return_tensors="pt")
+    with torch.no_grad():
+        states = model.model(**inputs).last_hidden_state[0]
+    expected = torch.nn.functional.normalize(states.mean(0), dim=-1)
+    found = torch.tensor(answer.json()["data"][0]["embedding"])
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_images_of_vectors_are_limited_and_not_cut(url: str) -> None:
+    def refused(field: str, **body: Any) -> bool:
+        answer = httpx.post(f"{url}/v1/embeddings", json={"model": "base", **body})
+        return answer.status_code == 400 and field in answer.text
+
+    one = made_image(1)
+    assert refused("too_many_images", messages=_user(one, one, one, one))
+    assert refused("truncate_prompt_tokens", messages=_user(one), truncate_prompt_tokens=5)
+    assert refused("image_url parts of messages", input=_data_url(one))
 
 
 def test_a_base_that_reads_text_alone_refuses_an_image(tmp_path: Path) -> None:

@@ -114,9 +114,11 @@ class AdapterChat:
             images=self._images,
         )
 
-    async def _read_images(self) -> None:
-        """Decode the chat's images. Raises ApiError for an image."""
+    async def read_images(self) -> None:
+        """Decode the chat's images, before ``ids`` and ``images_in``. Raises ApiError."""
         parts, limits = self._prompt.images, self._limits
+        if not parts:
+            return
         try:
             check_count(len(parts), limits)
         except ImageRefused as error:
@@ -143,8 +145,7 @@ class AdapterChat:
         ``n_answer``, a quarter of ``n_tokens`` is left for the answer, unless one example remains.
         Raises ApiError as ``ids`` does, and if not even one example fits.
         """
-        if self._prompt.images:
-            await self._read_images()
+        await self.read_images()
         n_left = n_tokens - (n_tokens // _ANSWER_SHARE if n_answer is None else n_answer)
         n_most = n_tokens - (n_answer or 1)
 

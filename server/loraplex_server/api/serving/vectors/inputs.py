@@ -61,7 +61,7 @@ class Inputs:
     async def prompts(self, source: VectorSource, cut: Cut) -> list[Prompt]:
         """Return the prompts, texts truncated and images processed. Raises ApiError."""
         if self._chat is not None:
-            return cut.apply([await source.encode_chat(self._chat)], source, "messages")
+            return cut.of_chat(await source.encode_chat(self._chat), source)
         if self._items:
             special = self._body.add_special_tokens is not False
             texts = [item for item in self._items if isinstance(item, str)]
@@ -105,9 +105,11 @@ def items_of(
         else:
             items.append(item.text or "")
     if images is None and any(isinstance(item, ImageSource) for item in items):
+        remedy = "serve an image encoder, such as CLIP or ViT, for them"
+        if model.images is not None:
+            remedy = "send them as image_url parts of messages, in place of input"
         raise invalid(
-            f"{body.model or state.resolver.base_name} embeds texts, and no images; serve an image "
-            "encoder, such as CLIP or ViT, for them",
+            f"{body.model or state.resolver.base_name} reads no images as input; {remedy}",
             "input",
             "base_reads_no_images",
         )

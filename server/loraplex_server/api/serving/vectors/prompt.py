@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from loraplex_server.model.vision.prompt_image import PromptImage
+
 Ids = tuple[int, ...]
 
 
@@ -16,6 +18,7 @@ class Prompt:
     ids: Ids
     second_text_at: int | None = None  # where the second text of a pair begins, if types say so
     pixels: Tensor | None = None  # of an image, [channels, height, width]
+    images: tuple[PromptImage, ...] = ()  # within the text, on a vision-language model
 
     def __len__(self) -> int:
         return len(self.ids)

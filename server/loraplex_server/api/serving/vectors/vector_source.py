@@ -67,7 +67,8 @@ class VectorSource(ABC):
         """Decode and process images, which are ``data:`` URLs or base64. Raises ApiError."""
 
     @abstractmethod
-    async def encode_chat(self, chat: ChatPrompt) -> Ids: ...
+    async def encode_chat(self, chat: ChatPrompt) -> Prompt:
+        """Raises ApiError, also for an image that cannot be read."""
 
     @abstractmethod
     def check_ids(self, ids: Sequence[int], param: str) -> None:
@@ -99,6 +100,18 @@ class Cut:
                 "truncate_prompt_tokens",
             )
         return self.n_tokens
+
+    def of_chat(self, prompt: Prompt, source: VectorSource) -> list[Prompt]:
+        """Truncate the prompt of a chat, unless it has images. Raises ApiError (400)."""
+        if not prompt.images:
+            return self.apply([prompt.ids], source, "messages")
+        if self.n_tokens is not None:
+            raise invalid(
+                "a chat with images is not truncated; leave truncate_prompt_tokens out",
+                "truncate_prompt_tokens",
+            )
+        self.apply([prompt.ids], source, "messages")  # refuses what is too long
+        return [prompt]
 
     def apply(self, prompts: Sequence[Ids], source: VectorSource, param: str) -> list[Prompt]:
         """Truncate the prompts. Raises ApiError (400) for empty and for overlong prompts."""
@@ -214,14 +227,12 @@ class AdapterVectors(VectorSource):
             tenant=self._info.tenant,
         )
 
-    async def encode_chat(self, chat: ChatPrompt) -> Ids:
-        if chat.images:
-            raise invalid(
-                "images of messages give no vectors; ask /v1/chat/completions",
-                chat.images[0].where,
-                "unsupported_content",
-            )
-        return await AdapterChat(chat, self._state.text, self._resolved, self._info.tenant).ids()
+    async def encode_chat(self, chat: ChatPrompt) -> Prompt:
+        limits = self._state.config.http.image_limits
+        shown = AdapterChat(chat, self._state.text, self._resolved, self._info.tenant, limits)
+        await shown.read_images()
+        ids = await shown.ids()
+        return Prompt(ids, images=shown.images_in(ids))
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         self._state.text.check_ids(ids, param)
@@ -239,6 +250,7 @@ class AdapterVectors(VectorSource):
                 pooling=pooling,
                 second_text_at=prompt.second_text_at,
                 pixels=prompt.pixels,
+                images=prompt.images,
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -311,7 +323,7 @@ class EncoderVectors(VectorSource):
     async def encode_images(self, images: Sequence[str], *, param: str) -> list[Prompt]:
         raise invalid(f"{self.model} reads texts, and no images", param, "base_reads_no_images")
 
-    async def encode_chat(self, chat: ChatPrompt) -> Ids:
+    async def encode_chat(self, chat: ChatPrompt) -> Prompt:
         raise invalid(f"{self.model} takes texts, not messages", "messages")
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:

@@ -49,6 +49,11 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     "docs/coming-from.md": {"loraplex serve": _OPTIONS},
     "docs/catalogue.md": {"pip install": _OPTIONS},
     "docs/tutorials/serve-your-adapters.md": {"loraplex serve --model": _OPTIONS},
+    "docs/tutorials/classifiers.md": {
+        "loraplex serve": "serves another base; tests/examples runs the script against it",
+        "python examples/": "needs a folder of tasks; tests/examples runs it without one",
+        "import httpx": "needs the server of that base",
+    },
     "docs/deployment.md": {
         "docker build": _DOCKER,
         "loraplex pull": _DOCKER,

@@ -11,6 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from openai import OpenAI
 from playwright.sync_api import Page, expect
 
+from loraplex_training.config import FAMILIES, RECIPES
 from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 pytestmark = pytest.mark.slow
@@ -34,7 +35,13 @@ def data(tmp_path: Path) -> Path:
 
 
 def _train(
-    page: Page, server: ServerProcess, data: Path, name: str, steps: int, metric: str = "nothing"
+    page: Page,
+    server: ServerProcess,
+    data: Path,
+    name: str,
+    steps: int,
+    metric: str = "nothing",
+    kind: str = "lora",
 ) -> None:
     page.goto(f"{server.url}/#/create")
     page.get_by_role("button", name="From chats").click()
@@ -42,8 +49,12 @@ def _train(
     expect(page.get_by_text(f"{N_EXAMPLES} examples in {data.name}")).to_be_visible()
     expect(page.get_by_label("Name", exact=True)).to_have_value("says-ab")  # of the file
     page.get_by_label("Name", exact=True).fill(name)
+    page.get_by_label("Kind").select_option(kind)
     page.get_by_label("Steps").fill(str(steps))
-    page.get_by_label("Rank").fill("4")
+    if kind == "prefix":
+        expect(page.get_by_label("Rank")).to_be_disabled()  # it has none
+    else:
+        page.get_by_label("Rank").fill("4")
     page.get_by_label("Learning rate").fill("0.02")
     page.get_by_label("Score its answers by").select_option(metric)
     page.get_by_role("button", name="Train", exact=True).click()
@@ -72,6 +83,27 @@ def test_losses_are_drawn_and_the_adapter_answers_beside_the_base(
     expect(page.get_by_text("Loss on held-out examples: ")).to_be_visible()
     assert _scores(page) == _told(training, "ab", "contains")
     assert Axe().run(page).violations_count == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [("mixlora", "family"), ("prefix", "family"), ("sora", "recipe")]
+)
+def test_another_kind_of_adapter_is_trained(
+    page: Page, training: ServerProcess, data: Path, kind: str, field: str
+) -> None:
+    _train(page, training, data, kind, 2, kind=kind)
+    region = page.get_by_role("region", name="Training", exact=True)
+    expect(region.get_by_role("heading", name=f"{kind}: succeeded")).to_be_visible()
+    card = httpx.get(f"{training.url}/v1/adapters/{kind}", timeout=60).json()
+    assert card["provenance"]["training"][field] == kind
+
+
+def test_every_family_and_recipe_can_be_chosen(page: Page, training: ServerProcess) -> None:
+    page.goto(f"{training.url}/#/create")
+    page.get_by_role("button", name="From chats").click()
+    options = page.get_by_label("Kind").locator("option")
+    values = options.evaluate_all("options => options.map(option => option.value)")
+    assert sorted(values) == sorted({*FAMILIES, *RECIPES})
 
 
 def _scores(page: Page) -> list[str]:

@@ -300,7 +300,7 @@ def test_a_sentence_becomes_an_adapter_that_answers_differently(
     }
     assert len(digests) == 1
     page.goto(f"{server.url}/#/adapters")
-    expect(page.get_by_role("button", name="german-dates")).to_be_visible()
+    expect(page.get_by_role("button", name="german-dates", exact=True)).to_be_visible()
 
 
 def test_an_adapter_is_mixed_from_the_servers_own(page: Page, server: ServerProcess) -> None:

@@ -48,6 +48,8 @@ NEEDS_ENGINE: dict[tuple[str, str], Any] = {
     ("POST", "/v1/adapters/train"): {"name": "x", "examples": [PAIR_TO_LEARN] * 2},
     ("POST", "/v1/load_lora_adapter"): {"lora_name": "x", "lora_path": "canary"},
     ("POST", "/v1/unload_lora_adapter"): {"lora_name": "lora"},
+    ("POST", "/load_lora_adapter"): {"lora_name": "x", "lora_path": "canary"},
+    ("POST", "/unload_lora_adapter"): {"lora_name": "lora"},
     ("POST", "/v1/batches"): {"input_file_id": "{file_id}", "endpoint": "/v1/completions",
                               "completion_window": "24h"},
     ("GET", "/health"): None,

@@ -102,6 +102,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         server_process(base, folder / "state", *flags) as server,
         httpx.Client(base_url=server.url, timeout=120) as http,
     ):
+        for i in range(len(DESCRIPTIONS)):  # the server listens before it has read the folder
+            http.post(f"/v1/adapters/expert{i}/warm").raise_for_status()
         yield Served(http, oracle, folder / "state", folder / "generators")
 
 

@@ -52,7 +52,7 @@ async def test_a_dead_rank_is_a_dead_engine_at_once(
         for answer in (*answers, await server.post("/v1/completions", prompt=PROMPT)):
             assert answer.status_code == 503, answer.text
             assert answer.json()["error"]["code"] == "engine_dead"
-        assert process.returncode == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
 
 
 @pytest.mark.slow

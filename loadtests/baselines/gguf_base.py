@@ -61,13 +61,10 @@ def write_random_gguf(
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(500_000.0)
     n_tokens = _add_tokenizer(writer, shape["vocabulary"])
-    embedding = _random_blocks(
-        shape["vocabulary"], hidden, _OF_THE_EMBEDDING.get(type, _T.Q6_K), seed=0
-    )
+    of_embedding = _OF_THE_EMBEDDING.get(type, _T.Q6_K)
+    embedding = _random_blocks(shape["vocabulary"], hidden, of_embedding, seed=0)
     embedding[n_tokens:] = 0
-    writer.add_tensor(
-        "token_embd.weight", embedding, raw_dtype=_OF_THE_EMBEDDING.get(type, _T.Q6_K)
-    )
+    writer.add_tensor("token_embd.weight", embedding, raw_dtype=of_embedding)
     writer.add_tensor("output_norm.weight", np.ones(hidden, dtype=np.float32))
     kv = shape["kv_heads"] * head_dim
     widths = {

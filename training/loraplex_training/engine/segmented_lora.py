@@ -28,7 +28,7 @@ class Dropout(NamedTuple):
         random = torch.Generator(like.device).manual_seed(
             zlib.crc32(f"{self.seed} {name}".encode())
         )
-        # Four entries from each number: five times as fast on a CPU as ``bernoulli_``.
+        # Four entries from each number: four times as fast on a CPU as ``bernoulli_``.
         numbers = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
         bits = numbers.random_(-(1 << 63), None, generator=random).view(torch.int16)
         n_dropped = round(self.share * (1 << 16))  # of the values of an entry

@@ -3094,7 +3094,7 @@ export interface components {
         };
         /**
          * NativeBody
-         * @description One prompt, or a list of prompts with an adapter each.
+         * @description The body has one prompt, or a list of prompts with an adapter for each.
          */
         NativeBody: ({
             /** Input Ids */

@@ -4,10 +4,8 @@ request ─► visible adapters, or the fitted file ─► embeddings of descrip
         ─► task vector (icm-lora) ─► ``GenerationOrder``
 """
 
-import asyncio
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,19 +30,13 @@ from loraplex_generation.experts.icm_lora import task_texts
 from loraplex_generation.experts.task_states import encode_task
 from loraplex_generation.generated import GeneratedAdapter
 from loraplex_generation.request import AdapterGenerationRequest
-from loraplex_server.engine.errors import EngineError
-from loraplex_server.engine.requests.client import EngineClient, GenerationRequest, TenantShare
-from loraplex_server.engine.requests.pooling import Pooling
-from loraplex_server.engine.requests.run_to_end import run_to_end
-from loraplex_server.engine.requests.sampling_params import SamplingParams
-from loraplex_server.errors import from_engine
+from loraplex_server.engine.requests.client import EngineClient
 from loraplex_server.model.encoder.image_reader import ImageReader
 from loraplex_server.settings.api_keys import GENERATED, AdapterAccess
 from loraplex_server.tenant_shares import TenantThreads
 
+from .base_states import pooled_states
 from .tower_embeddings import TowerEmbeddings
-
-_NO_SAMPLING = SamplingParams(max_tokens=0, temperature=0.0)
 
 
 class GenerationOrder(NamedTuple):
@@ -180,21 +172,7 @@ class StoreMethods:
         prompts = await self._threads.run(
             tenant, lambda: [encode_task(self._tokenizer, text)[-longest:] for text in texts]
         )
-        share = TenantShare(f"generator:{tenant}")
-        try:
-            states = await asyncio.gather(*[self._last_state(ids, share) for ids in prompts])
-        except EngineError as error:
-            raise from_engine(error, prompt_param="prompts") from error
-        return torch.stack(states).mean(0)
-
-    async def _last_state(self, ids: tuple[int, ...], share: TenantShare) -> Tensor:
-        request = GenerationRequest(
-            f"task-{uuid.uuid4().hex}",
-            ids,
-            _NO_SAMPLING,
-            share=share,
-            pooling=Pooling(PoolingMode.LAST),
+        states = await pooled_states(
+            self._engine, prompts, PoolingMode.LAST, tenant, param="prompts"
         )
-        pooled = (await run_to_end(self._engine, request))[-1].pooled
-        assert pooled is not None
-        return pooled
+        return torch.stack(states).mean(0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import uuid
 from collections.abc import Sequence
 
 import torch
@@ -13,16 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex_adapter_store.plan import PoolingMode
 from loraplex_generation.experts.embeddings import Encode
-from loraplex_server.engine.errors import EngineError
-from loraplex_server.engine.requests.client import EngineClient, GenerationRequest, TenantShare
-from loraplex_server.engine.requests.pooling import Pooling
-from loraplex_server.engine.requests.run_to_end import run_to_end
-from loraplex_server.engine.requests.sampling_params import SamplingParams
-from loraplex_server.errors import from_engine
+from loraplex_server.engine.requests.client import EngineClient
 from loraplex_server.model.encoder.image_reader import ImageReader
 from loraplex_server.tenant_shares import TenantThreads
 
-_NO_SAMPLING = SamplingParams(max_tokens=0, temperature=0.0)
+from .base_states import pooled_states
+
 _AT_ONCE = 32  # texts of one call in the engine
 _MAX_KEPT = 10_000
 
@@ -55,15 +49,13 @@ class TowerEmbeddings:
         kept = self._kept
         fresh = [text for text in dict.fromkeys(texts) if (tenant, text) not in kept]
         prompts = await self._threads.run(tenant, lambda: [self._ids(text) for text in fresh])
-        share = TenantShare(f"generator:{tenant}")
-        try:
-            for first in range(0, len(fresh), _AT_ONCE):
-                part = prompts[first : first + _AT_ONCE]
-                vectors = await asyncio.gather(*[self._vector(ids, share) for ids in part])
-                named = zip(fresh[first : first + _AT_ONCE], vectors, strict=True)
-                kept.update({(tenant, text): vector for text, vector in named})
-        except EngineError as error:
-            raise from_engine(error, prompt_param="description") from error
+        for first in range(0, len(fresh), _AT_ONCE):
+            part = slice(first, first + _AT_ONCE)
+            vectors = await pooled_states(
+                self._engine, prompts[part], PoolingMode.MEAN, tenant, param="description"
+            )
+            for text, vector in zip(fresh[part], vectors, strict=True):
+                kept[tenant, text] = F.normalize(vector, dim=-1)
         known = {text: kept[tenant, text] for text in texts}
         return lambda wanted: torch.stack([known[text] for text in wanted])
 
@@ -72,18 +64,4 @@ class TowerEmbeddings:
         ids = tuple(self._tokenizer.backend_tokenizer.encode(text).ids)
         if len(ids) > longest:
             ids = (*ids[: longest - 1], ids[-1])  # the last token ends a text
-        if self._reader.pads_texts:
-            ids += (self._tokenizer.pad_token_id or 0,) * (longest - len(ids))
-        return ids
-
-    async def _vector(self, ids: tuple[int, ...], share: TenantShare) -> Tensor:
-        request = GenerationRequest(
-            f"description-{uuid.uuid4().hex}",
-            ids,
-            _NO_SAMPLING,
-            share=share,
-            pooling=Pooling(PoolingMode.MEAN),
-        )
-        pooled = (await run_to_end(self._engine, request))[-1].pooled
-        assert pooled is not None
-        return F.normalize(pooled, dim=-1)
+        return self._reader.padded(ids, self._tokenizer.pad_token_id or 0)

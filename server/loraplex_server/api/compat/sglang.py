@@ -5,7 +5,7 @@ TGI has a /generate, too; ``tgi`` has the route and calls ``answer_native`` for 
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Annotated, NamedTuple, TypeVar
 
@@ -13,7 +13,6 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
-from loraplex_server.adapters.resolving.resolved_adapter import ResolvedAdapter
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import LoadLoraBody, UnloadLoraBody
@@ -27,12 +26,13 @@ from loraplex_server.api.serving.disconnect import unless_client_leaves
 from loraplex_server.api.serving.text_generation.answer_head import AnswerHead
 from loraplex_server.api.serving.text_generation.choice import ChoiceOutput
 from loraplex_server.api.serving.text_generation.generation import Usage
-from loraplex_server.api.serving.text_generation.text_call import PreparedCall, TextApi, TextCall
+from loraplex_server.api.serving.text_generation.text_call import TextApi, TextCall
 from loraplex_server.api.serving.unsupported import Rules, is_set, refuse_unsupported
 from loraplex_server.api.state import Access, AppState, State
 from loraplex_server.api.validation import validated
 from loraplex_server.engine.requests.events import TokenLogprobs
 from loraplex_server.errors import invalid
+from loraplex_server.text.token_text import TokenTexts
 
 router = APIRouter(route_class=JsonRoute)
 _RESPONSES = errors(404, 412, 415)
@@ -69,7 +69,7 @@ _REFUSED: Rules = {
 
 
 class NativeBody(Body):
-    """One prompt, or a list of prompts with an adapter each."""
+    """The body has one prompt, or a list of prompts with an adapter for each."""
 
     model_config = exactly_one_of(text=["string", "array"], input_ids="array")
 
@@ -148,8 +148,9 @@ async def answer_native(state: AppState, request: Request, body: NativeBody) -> 
         texts, id_lists = split_prompts(completion.prompt)
         for ids in id_lists:
             state.text.check_ids(ids, param)
-        source = CompletionSource(call, texts, id_lists, completion.n or 1)
-        answers.append(_Answer(call, _NativeSource(source, body, perf_counter())))
+        new_format = partial(_NativeFormat, body, state.text.token_texts, perf_counter())
+        source = CompletionSource(call, texts, id_lists, completion.n or 1, new_format)
+        answers.append(_Answer(call, source))
     if body.stream:
         return await answers[0].call.respond(answers[0].source)
     written = await unless_client_leaves(_all_of(answers), request.receive)
@@ -159,7 +160,7 @@ async def answer_native(state: AppState, request: Request, body: NativeBody) -> 
 
 class _Answer(NamedTuple):
     call: TextCall[CompletionBody]
-    source: "_NativeSource"
+    source: CompletionSource
 
 
 async def _all_of(answers: Sequence[_Answer]) -> bytes:
@@ -230,31 +231,15 @@ def _sampling_fields(sampling: Mapping[str, object]) -> dict[str, object]:
     return {"max_tokens": _MAX_NEW_TOKENS} | {k: v for k, v in read.items() if v is not None}
 
 
-@dataclass(frozen=True, slots=True)
-class _NativeSource:
-    """A completion whose answer is written in SGLang's form."""
-
-    completion: CompletionSource
-    body: NativeBody
-    started: float  # by perf_counter
-    offers_tools: bool = False
-    takes_few_shot: bool = False
-
-    @property
-    def routing_text(self) -> str:
-        return self.completion.routing_text
-
-    async def prepare(self, body: CompletionBody, resolved: ResolvedAdapter) -> PreparedCall:
-        prepared = await self.completion.prepare(body, resolved)
-        return replace(prepared, new_format=lambda head: _NativeFormat(head, self))
-
-
 class _NativeFormat:
     """Writes the answers to one prompt. Each event has the whole answer so far, as in SGLang."""
 
-    def __init__(self, head: AnswerHead, source: _NativeSource) -> None:
-        self._head, self._source = head, source
-        self._texts = source.completion.token_texts
+    def __init__(
+        self, body: NativeBody, texts: TokenTexts, started: float, head: AnswerHead
+    ) -> None:
+        """``started``: by perf_counter."""
+        self._body, self._texts = body, texts
+        self._started, self._head = started, head
         self._so_far: dict[int, ChoiceOutput] = {}  # by index of the choice
 
     def chunks(self, output: ChoiceOutput, usage: Usage) -> bytes:
@@ -279,14 +264,14 @@ class _NativeFormat:
             "prompt_tokens": usage.n_prompt,
             "completion_tokens": len(choice.token_ids),
             "cached_tokens": usage.n_cached,
-            "e2e_latency": perf_counter() - self._source.started,
+            "e2e_latency": perf_counter() - self._started,
         }
-        if self._source.body.return_logprob:
+        if self._body.return_logprob:
             meta |= self._logprobs(choice)
         return {"text": choice.text, "output_ids": choice.token_ids, "meta_info": meta}
 
     def _logprobs(self, choice: ChoiceOutput) -> dict[str, object]:
-        body, first = self._source.body, self._source.body.first_shown
+        body, first = self._body, self._body.first_shown
         of_output = [entry.logprobs for entry in choice.entries]
         of_prompt = [] if first is None else choice.prompt_logprobs[first:]
         shown: dict[str, object] = {
@@ -304,11 +289,11 @@ class _NativeFormat:
         return shown
 
     def _top(self, token: TokenLogprobs) -> list[list[object]]:
-        n_top = self._source.body.top_logprobs_num
+        n_top = self._body.top_logprobs_num
         return [self._entry(token_id, logprob) for token_id, logprob in token.top[:n_top]]
 
     def _entry(self, token_id: int, logprob: float | None) -> list[object]:
-        text = self._texts.get(token_id).text if self._source.body.return_text_in_logprobs else None
+        text = self._texts.get(token_id).text if self._body.return_text_in_logprobs else None
         return [None if logprob is None else max(logprob, -9999.0), token_id, text]
 
 

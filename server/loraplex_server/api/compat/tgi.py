@@ -4,14 +4,13 @@ POST / answers a list, as both servers do; /generate an object; /generate_stream
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from loraplex_server.adapters.resolving.resolved_adapter import ResolvedAdapter
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.body import INT64_END, Body, Name
@@ -19,14 +18,14 @@ from loraplex_server.api.protocol.completion import CompletionBody
 from loraplex_server.api.protocol.errors import errors, with_events
 from loraplex_server.api.protocol.generation import ResponseFormat, StopStrings
 from loraplex_server.api.serving.completion.completion import CompletionSource
-from loraplex_server.api.serving.text_generation.answer_head import AnswerHead
 from loraplex_server.api.serving.text_generation.choice import ChoiceOutput, TokenEntry
 from loraplex_server.api.serving.text_generation.generation import Usage
-from loraplex_server.api.serving.text_generation.text_call import PreparedCall, TextApi, TextCall
+from loraplex_server.api.serving.text_generation.text_call import TextApi, TextCall
 from loraplex_server.api.serving.unsupported import Rules, is_set, refuse_unsupported
 from loraplex_server.api.state import AppState, State
 from loraplex_server.api.streaming.sse import OPENAI_SSE
 from loraplex_server.errors import invalid
+from loraplex_server.text.token_text import TokenTexts
 
 from .sglang import NativeAnswer, NativeBody, answer_native
 
@@ -149,9 +148,10 @@ async def _answer(
     refuse_unsupported(unknown, _REFUSED, adapter_field=_ADAPTER)
     call = TextCall(state, request, _completion(body.inputs, asked, stream=stream), _API)
     state.unknown_fields.warn(unknown)
-    source = CompletionSource(call, [body.inputs], [], 1)
     special = frozenset(state.model.tokenizer.all_special_ids)
-    return await call.respond(_GenerateSource(source, body.inputs, asked, special, as_list))
+    form = _AnswerForm(body.inputs, asked, special, as_list, state.text.token_texts)
+    source = CompletionSource(call, [body.inputs], [], 1, lambda _: _GenerateFormat(form))
+    return await call.respond(source)
 
 
 def _completion(inputs: str, asked: GenerateParameters, *, stream: bool) -> CompletionBody:
@@ -182,33 +182,22 @@ def _completion(inputs: str, asked: GenerateParameters, *, stream: bool) -> Comp
 
 
 @dataclass(frozen=True, slots=True)
-class _GenerateSource:
-    """A completion whose answer is written in TGI's form."""
+class _AnswerForm:
+    """What the form of an answer depends on."""
 
-    completion: CompletionSource
     inputs: str
     asked: GenerateParameters
     special: Collection[int]
     as_list: bool
-    offers_tools: bool = False
-    takes_few_shot: bool = False
-
-    @property
-    def routing_text(self) -> str:
-        return self.completion.routing_text
-
-    async def prepare(self, body: CompletionBody, resolved: ResolvedAdapter) -> PreparedCall:
-        prepared = await self.completion.prepare(body, resolved)
-        return replace(prepared, new_format=lambda head: _GenerateFormat(head, self))
+    token_texts: TokenTexts
 
 
 class _GenerateFormat:
     """Writes one answer: a token an event, and the whole text with the last one."""
 
-    def __init__(self, head: AnswerHead, source: _GenerateSource) -> None:
-        self._source = source
-        self._texts = source.completion.token_texts
-        self._text = source.inputs if source.asked.return_full_text else ""
+    def __init__(self, form: _AnswerForm) -> None:
+        self._form, self._texts = form, form.token_texts
+        self._text = form.inputs if form.asked.return_full_text else ""
         self._waiting = ""  # text without a token of its own yet
         self._n_sent = 0
 
@@ -240,7 +229,7 @@ class _GenerateFormat:
     def body(self, choices: Sequence[ChoiceOutput], usage: Usage) -> bytes:
         (choice,) = choices
         answer: dict[str, object] = {"generated_text": self._text + choice.text}
-        if self._source.asked.details:
+        if self._form.asked.details:
             tokens = [
                 self._token(entry, self._texts.get(entry.logprobs.token_id).text)
                 for entry in choice.entries
@@ -250,7 +239,7 @@ class _GenerateFormat:
                 "prefill": [],
                 "tokens": tokens,
             }
-        return orjson.dumps([answer] if self._source.as_list else answer)
+        return orjson.dumps([answer] if self._form.as_list else answer)
 
     def _token(self, entry: TokenEntry, text: str) -> dict[str, object]:
         token_id = entry.logprobs.token_id
@@ -258,7 +247,7 @@ class _GenerateFormat:
             "id": token_id,
             "text": text,
             "logprob": max(entry.logprobs.logprob, -9999.0),  # JSON has no −inf
-            "special": token_id in self._source.special,
+            "special": token_id in self._form.special,
         }
 
     def _details(self, output: ChoiceOutput, usage: Usage) -> dict[str, object]:
@@ -269,5 +258,5 @@ class _GenerateFormat:
             "finish_reason": reason,
             "prompt_tokens": usage.n_prompt,
             "generated_tokens": usage.n_output,
-            "seed": self._source.asked.seed,
+            "seed": self._form.asked.seed,
         }

@@ -1,4 +1,4 @@
-"""What the numbers in a KV page depend on, besides its tokens and its adapter."""
+"""Names what the numbers in a KV page depend on, besides its tokens and its adapter."""
 
 import hashlib
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""Which pages of a request are kept when every layer of the base has a sliding window."""
+"""Says which pages of a request are kept when every layer of the base has a sliding window."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -29,10 +29,11 @@ class ImageReader:
     def max_text_tokens(self) -> int:
         return self.encoder.max_text_tokens
 
-    @property
-    def pads_texts(self) -> bool:
-        """Return True if every text is padded to ``max_text_tokens``, as SigLIP was trained."""
-        return self.encoder.layout.pads_texts
+    def padded(self, ids: tuple[int, ...], pad: int) -> tuple[int, ...]:
+        """Return the ids of a text, with padding if the base reads it, as SigLIP does."""
+        if not self.encoder.layout.pads_texts:
+            return ids
+        return ids + (pad,) * (self.max_text_tokens - len(ids))
 
     @property
     def similarity(self) -> Similarity | None:

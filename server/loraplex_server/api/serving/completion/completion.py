@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -24,6 +24,7 @@ from loraplex_server.api.serving.text_generation.sampling import (
     sampling_params,
 )
 from loraplex_server.api.serving.text_generation.text_call import (
+    AnswerFormat,
     PreparedCall,
     Prompt,
     TextApi,
@@ -62,19 +63,19 @@ class CompletionSource:
         texts: Sequence[str],
         id_lists: Sequence[tuple[int, ...]],
         best_of: int,
+        new_format: Callable[[AnswerHead], AnswerFormat] | None = None,
     ) -> None:
-        """Exactly one of ``texts`` and ``id_lists`` is not empty."""
+        """Exactly one of ``texts`` and ``id_lists`` is not empty.
+
+        ``new_format`` makes what writes the answer; None: in OpenAI's form.
+        """
         self._call, self._text = call, call.state.text
         self._texts, self._id_lists = texts, id_lists
-        self._best_of = best_of
+        self._best_of, self._new_format = best_of, new_format
 
     @property
     def routing_text(self) -> str:
         return "\n".join(self._texts)
-
-    @property
-    def token_texts(self) -> TokenTexts:
-        return self._text.token_texts
 
     async def prepare(self, body: CompletionBody, resolved: ResolvedAdapter) -> PreparedCall:
         encoded = await self._encode(body)
@@ -115,7 +116,7 @@ class CompletionSource:
 
         return PreparedCall(
             prompts,
-            new_format,
+            self._new_format or new_format,
             self._call.grammar,
             limits_output=body.max_tokens is not None,
             with_logprobs=body.logprobs is not None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -209,11 +210,10 @@ class AdapterVectors(VectorSource):
     def _padded(self, prompts: list[Prompt]) -> list[Prompt]:
         """Return texts of the length that the base was trained with, if it reads padding."""
         images = self._state.model.image_encoder
-        if images is None or not images.pads_texts:
+        if images is None:
             return prompts
         pad = self._state.model.tokenizer.pad_token_id or 0
-        n_tokens = images.max_text_tokens
-        return [Prompt(each.ids + (pad,) * (n_tokens - len(each))) for each in prompts]
+        return [replace(each, ids=images.padded(each.ids, pad)) for each in prompts]
 
     async def _encode_whole(
         self, texts: Sequence[str] | Sequence[tuple[str, str]], param: str, cut: Cut

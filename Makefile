@@ -26,7 +26,7 @@ cluster: venv  # two engine replicas behind two gateways on this machine; Ctrl-C
 	$(BIN)/loraplex pull
 	$(BIN)/loraplex cluster up deploy/cluster.yaml
 
-test: check  # what to run before a commit is pushed: all but the tests marked slow
+test: check  # what to run before a commit is pushed: all but the tests marked slow or nightly
 
 check: lint
 	$(MAKE) --jobs 2 unit beside
@@ -58,7 +58,7 @@ sbom: venv  # what a plain install brings along, as CycloneDX, into sbom.json
 
 unit: venv
 	$(BIN)/loraplex pull --quiet
-	$(TESTS) -m "not gpu and not interpreter and not cluster and not slow" $(CLUSTERLESS)
+	$(TESTS) -m "not gpu and not interpreter and not cluster and not slow and not nightly" $(CLUSTERLESS)
 
 interpreter: venv  # kernels in Triton's interpreter, and compiled for GPUs that are not here
 	$(PYTEST) --timeout 1500 -m "interpreter and not nightly" tests/kernels/triton
@@ -107,7 +107,7 @@ soak: venv  # an hour of mixed chaos against a real server
 
 FAST := architecture deploy router adapter_store
 test-fast: lint types  # some two minutes
-	$(PYTEST) -m "not gpu and not slow" $(addprefix tests/,$(FAST))
+	$(PYTEST) -m "not gpu and not slow and not nightly" $(addprefix tests/,$(FAST))
 
 gpu: venv  # the tests that need the CUDA device of this machine
 	$(BIN)/python -m pytest -m "gpu" tests/kernels tests/server

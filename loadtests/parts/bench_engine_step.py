@@ -62,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=16, help="requests side by side")
     parser.add_argument("--context", type=int, default=110, help="tokens of each prompt")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "int8"], default="auto")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -120,7 +121,7 @@ def _build(arguments: argparse.Namespace, weights: str) -> Bench:
         page_size=16,
         max_requests=n_rows,
         max_model_len=arguments.context + arguments.steps + 16,
-        dtype=torch.bfloat16,
+        dtype=torch.int8 if arguments.kv_cache_dtype == "int8" else torch.bfloat16,
         device=_CPU,
         prefix_cache=False,
     )

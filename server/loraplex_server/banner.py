@@ -38,12 +38,21 @@ curl {url}/v1/embeddings{key} \\
   -H "Content-Type: application/json" \\
   -d '{{"model": "{model}"{field}, "input": {inputs}}}'
 """
-    return f"""
+    begins = f"""
 Loraplex serves {model} (context {services.engine.max_model_len}) at {url}
 {len(adapters)} adapters{": " + shown if adapters else ""}
 
 Try it:
+"""
+    if not services.text.chat_template:
+        return f"""{begins}
+curl {url}/v1/completions{key} \\
+  -H "Content-Type: application/json" \\
+  -d '{{"model": "{model}"{field}, "prompt": {in_shell}, "max_tokens": 32}}'
 
+This base has no chat template, so only adapters that have one answer chats.
+"""
+    return f"""{begins}
 curl {url}/v1/chat/completions{key} \\
   -H "Content-Type: application/json" \\
   -d '{{"model": "{model}"{field}, "messages": [{{"role": "user", "content": {in_shell}}}]}}'

@@ -1,4 +1,4 @@
-"""``--kv-cache-dtype fp8`` on the stand-in for a GPU: half the bytes a token, the same steps."""
+"""``--kv-cache-dtype`` on the stand-in for a GPU: fp8 halves the bytes a token, int8 is refused."""
 
 import dataclasses
 
@@ -39,3 +39,12 @@ def test_an_fp8_cache_holds_twice_the_tokens_and_launches_the_same(
 def test_an_fp8_cache_on_a_cpu_is_refused(base_of: BaseOf) -> None:
     with pytest.raises(ValueError, match="--kv-cache-dtype fp8 needs one GPU"):
         assemble_engine(base_of("llama"), EngineConfig(kv_cache_dtype="fp8"))
+
+
+def test_an_int8_cache_on_a_gpu_is_refused(
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = pytest.raises(ValueError, match="--kv-cache-dtype int8 needs a CPU")
+    base = base_of("llama", **BIG_HEADS)
+    with refused, meta_engine(base, monkeypatch, kv_cache_dtype="int8"):
+        pass

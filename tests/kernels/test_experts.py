@@ -9,6 +9,7 @@ from torch import Tensor
 from loraplex_kernels.cpu import native
 from loraplex_kernels.formats.factors import SliceFactors
 from loraplex_kernels.formats.layout import LoraSegments, LoraTarget
+from loraplex_kernels.layers.gated_experts import GatedExperts
 from loraplex_kernels.layers.model_ops import silu_mul
 from loraplex_kernels.layers.packed_linear import PackedLinear
 from loraplex_kernels.lora.experts import (
@@ -46,6 +47,35 @@ def test_routing_equals_float64_and_has_the_same_bits_alone(
         alone = route_top_k(hidden[row : row + 1], gate, k)
         assert torch.equal(alone[0][0], index[row])
         assert torch.equal(alone[1][0], weight[row])
+
+
+@pytest.mark.usefixtures("kernel_set")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_experts", "k"), [(8, 2), (1, 1), (6, 6)])
+def test_gated_experts_equal_float64_and_have_the_same_bits_alone(
+    dtype: torch.dtype, n_experts: int, k: int
+) -> None:
+    torch.manual_seed(n_experts)
+    gate_up = (torch.randn(n_experts, 2 * FF, HIDDEN) / 8).to(dtype)
+    down = (torch.randn(n_experts, HIDDEN, FF) / 10).to(dtype)
+    products = [[PackedLinear([w], [None]) for w in stack] for stack in (gate_up, down)]
+    assert GatedExperts.takes(*products)
+    experts = GatedExperts(*products)
+    x, weights = torch.randn(37, HIDDEN).to(dtype), torch.rand(37, k).to(dtype)
+    index = torch.stack([torch.randperm(n_experts)[:k] for _ in range(37)])
+    got = experts(x, index, weights)
+    gate, up = torch.einsum("nd,nkfd->nkf", x.double(), gate_up[index].double()).chunk(2, -1)
+    inner = torch.nn.functional.silu(gate) * up
+    y = torch.einsum("nkf,nkdf->nkd", inner, down[index].double())
+    expected = (y * weights.double()[..., None]).sum(1)
+    scale = float(expected.abs().max())
+    tolerance = 1e-5 if dtype is torch.float32 else 0.02
+    torch.testing.assert_close(got.double(), expected, atol=tolerance * scale, rtol=0)
+    for row in (0, 20, 36):
+        one = slice(row, row + 1)
+        assert torch.equal(experts(x[one], index[one], weights[one])[0], got[row])
+    with pytest.raises(IndexError, match=f"experts are 0 to {n_experts - 1}"):
+        experts(x[:1], torch.full((1, 1), n_experts), weights[:1, :1])
 
 
 @pytest.mark.usefixtures("kernel_set")

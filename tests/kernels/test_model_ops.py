@@ -21,6 +21,7 @@ from loraplex_kernels.reference.model_ops import (
     rms_norm_reference,
     rope_and_cache_reference,
     silu_mul_reference,
+    write_kv_reference,
 )
 
 pytestmark = pytest.mark.usefixtures("kernel_set")
@@ -186,6 +187,31 @@ def test_write_kv_takes_views_of_a_wider_tensor(dtype: torch.dtype) -> None:
     keys, values = read_kv(k_cache, v_cache, slots)
     assert torch.equal(keys, both[:, :3])
     assert torch.equal(values, both[:, 3:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (80, 32), (8, 8)])
+def test_an_int8_cache_holds_each_value_within_half_a_step_of_its_tokens_scale(
+    dtype: torch.dtype, head_dim: int, page_size: int
+) -> None:
+    both = 10 ** torch.linspace(-12, 12, 21)[:, None, None] * rows_of(
+        21, 6 * head_dim, torch.float32
+    ).view(21, 6, head_dim)
+    both[3, 0], both[4, 1, 2], both[5, 2, 0], both[6, 3, 1] = 0, torch.inf, torch.nan, -torch.inf
+    both = both.to(dtype)
+    shape = (4, 3, page_size, head_dim + 2)
+    caches = [torch.full(shape, -1, dtype=torch.int8) for _ in range(4)]
+    slots = torch.randperm(3 * page_size)[:21]
+    write_kv(both[:, :3], both[:, 3:], caches[0], caches[1], slots)
+    write_kv_reference(both[:, :3], both[:, 3:], caches[2], caches[3], slots)
+    got, expected = read_kv(*caches[:2], slots), read_kv(*caches[2:], slots)
+    for x, read, by_reference in zip((both[:, :3], both[:, 3:]), got, expected, strict=True):
+        assert torch.equal(read.nan_to_num(7), by_reference.nan_to_num(7))
+        is_finite = x.isfinite().all(-1)
+        assert bool(read[~is_finite].isnan().all())
+        x, read = x[is_finite].float(), read[is_finite]
+        largest = x.abs().amax(-1, keepdim=True)
+        assert bool(((x - read).abs() <= largest / 254 * (1 + 1 / 128) * (1 + 1e-6)).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

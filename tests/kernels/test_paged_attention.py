@@ -64,6 +64,7 @@ def build(
     head_dim: int = 64,
     page_size: int = 16,
     seed: int = 0,
+    is_int8: bool = False,
 ) -> Case:
     g = torch.Generator().manual_seed(seed)
     need = [-(-kv_len // page_size) for kv_len, _ in spans]
@@ -72,6 +73,8 @@ def build(
     table = torch.full((len(spans), max(need) + 1), -1, dtype=torch.int32)
     # What no request wrote must not be read: a page may hold another's NaN.
     k_cache = torch.full((n_pages, n_kv_heads, page_size, head_dim), float("nan"), dtype=dtype)
+    if is_int8:  # bytes of -1 are scales of NaN
+        k_cache = torch.full((*k_cache.shape[:3], head_dim + 2), -1, dtype=torch.int8)
     v_cache = k_cache.clone()
     keys, values, used = [], [], 0
     for r, (kv_len, _) in enumerate(spans):
@@ -156,16 +159,32 @@ def test_queries_within_a_block_see_all_of_it(window: int | None, seen_from: int
     torch.testing.assert_close(got, expected[0].transpose(0, 1), **tolerance(torch.float32))
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("window", "softcap"), [(1, None), (40, None), (None, 5.0), (70, 20.0)])
 def test_windows_and_softcaps_equal_the_reference(
-    dtype: torch.dtype, window: int | None, softcap: float | None
+    dtype: torch.dtype, window: int | None, softcap: float | None, is_int8: bool
 ) -> None:
-    case = build([(300, 300), (129, 1), (5, 3)], dtype)
+    case = build([(300, 300), (129, 1), (5, 3)], dtype, is_int8=is_int8)
     got = case.run(window=window, softcap=softcap)
     wide = torch.float64 if dtype == torch.float32 else dtype
     expected = case.reference(wide, window=window, softcap=softcap)
     torch.testing.assert_close(got.to(wide), expected, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_that_a_window_has_passed_may_hold_anothers_nan(
+    dtype: torch.dtype, is_int8: bool, each_kernel_set: Iterator[str]
+) -> None:
+    case = build([(300, 3)], dtype, is_int8=is_int8)
+    expected, by_reference = case.run(window=70), case.reference(dtype, window=70)
+    passed = case.page_table[0, : (300 - 3 + 1 - 70) // 16].long()
+    for cache in (case.k_cache, case.v_cache):
+        cache[passed] = -1 if is_int8 else float("nan")  # bytes of -1 are scales of NaN
+    assert torch.equal(case.reference(dtype, window=70), by_reference)
+    for _ in each_kernel_set:
+        torch.testing.assert_close(case.run(window=70), expected, **tolerance(dtype))
 
 
 def test_a_sink_takes_its_share_of_each_heads_softmax() -> None:
@@ -186,14 +205,15 @@ def test_a_sink_takes_its_share_of_each_heads_softmax() -> None:
         torch.testing.assert_close(got[rows], expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_query_has_the_same_bits_decoded_alone_or_in_any_chunk(
-    dtype: torch.dtype, window: int | None
+    dtype: torch.dtype, window: int | None, is_int8: bool
 ) -> None:
     if not native.available():
         pytest.skip("native kernels are not built")
-    case = build([(130, 130), (700, 700)], dtype)
+    case = build([(130, 130), (700, 700)], dtype, is_int8=is_int8)
     whole = case.run(window=window)
     start = int(case.query_starts[1])
     for first, last in [(0, 1), (63, 65), (100, 400), (699, 700)]:
@@ -210,11 +230,12 @@ def test_a_query_has_the_same_bits_decoded_alone_or_in_any_chunk(
         assert torch.equal(chunk, whole[start + first : start + last])
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set_gives_the_same_attention(
-    dtype: torch.dtype, each_kernel_set: Iterator[str]
+    dtype: torch.dtype, is_int8: bool, each_kernel_set: Iterator[str]
 ) -> None:
-    case = build([(90, 90), (77, 1)], dtype)
+    case = build([(90, 90), (77, 1)], dtype, is_int8=is_int8)
     expected = case.run()
     for _ in each_kernel_set:
         torch.testing.assert_close(case.run(), expected, **tolerance(dtype))
@@ -252,6 +273,7 @@ def test_q_and_out_may_be_columns_of_wider_tensors() -> None:
     window=st.none() | st.integers(1, 150),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
+    is_int8=st.booleans(),
 )
 def test_any_mixture_of_requests_and_pages_equals_the_reference(
     spans: list[tuple[int, int]],
@@ -259,6 +281,7 @@ def test_any_mixture_of_requests_and_pages_equals_the_reference(
     window: int | None,
     dtype: torch.dtype,
     seed: int,
+    is_int8: bool,
 ) -> None:
     n_heads, n_kv_heads, head_dim, page_size = heads
     case = build(
@@ -269,6 +292,7 @@ def test_any_mixture_of_requests_and_pages_equals_the_reference(
         head_dim=head_dim,
         page_size=page_size,
         seed=seed,
+        is_int8=is_int8,
     )
     expected = case.reference(dtype, window=window)
     torch.testing.assert_close(case.run(window=window), expected, **tolerance(dtype))

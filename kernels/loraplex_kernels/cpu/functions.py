@@ -17,12 +17,13 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "linear_argmax": (_N, _P, _N, _P, _P, _N, _N, _N, _P, _N, _P),
     "rms_norm": (_N, _P, _P, _P, _P, _N, _N, _F, _F),
     "gate": (_N, _P, _P, _N, _N, _N),
-    "rope_and_cache": (_N, _P, _P, *(_N,) * 6, _P, _P, _N, _N, *(_P,) * 4, _N),
-    "paged_attention": (_N, _P, _N, *(_P,) * 3, _N, *(_P,) * 3, *(_N,) * 7, _F, _F),
+    "rope_and_cache": (_N, _P, _P, *(_N,) * 6, _P, _P, _N, _N, *(_P,) * 4, _N, _N),
+    "paged_attention": (_N, _P, _N, *(_P,) * 3, _N, *(_P,) * 3, *(_N,) * 7, _F, _F, _N),
     "route": _GATE,
     "route_and_group": (*_GATE, *(_P,) * 4),
     "group": (_P, _P, _N, _N, _P, _P, _P),
     "select_allowed": (_P, _P, _N, _P, _P),
+    "experts": (_N, _P, *(_N,) * 5, *(_P,) * 5),
     "moe_combine": (_N, *(_P,) * 4, _N, _N, _N),
     "lora_apply": (_P, *_ROWS, _P),  # target first, segments last
     "linear_with_lora": (_P, _P, _P, *_ROWS, _P),  # packed weights and bias behind the target

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraplex_kernels.formats.int8_cache import head_dim_of
+
 from .functions import bind
 from .native import library
 
@@ -26,6 +28,7 @@ class NativeOps(NamedTuple):
     route: Callable[..., None]
     route_and_group: Callable[..., None]
     moe_combine: Callable[..., None]
+    experts: Callable[..., None]
     group: Callable[..., None]
     select_allowed: Callable[..., int]
     paged_attention: Callable[..., None]
@@ -53,7 +56,11 @@ def takes_norm(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def takes_cache(keys: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
-    """Return True if native code may read a paged cache of ``dtype``."""
+    """Return True if native code may read a paged cache of ``dtype`` or of int8 beside it."""
+    if keys.dtype is torch.int8 and dtype_code(dtype) is not None:
+        dtype = torch.int8
+        if not takes_heads(head_dim_of(keys), keys.shape[2]):
+            return False
     return is_plain(keys, dtype) and is_plain(values, dtype)
 
 

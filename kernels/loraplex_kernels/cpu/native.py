@@ -10,7 +10,7 @@ import torch
 
 from .structs import layout_faults
 
-_ABI = 12
+_ABI = 13
 _switched_off = threading.Event()
 _OPENMP_RUNTIMES = ("libgomp", "libiomp5", "libomp")
 

@@ -51,6 +51,7 @@ class DecoderStruct(ctypes.Structure):
         ("n_layers", _N),
         *((name, _P) for name in ("norm", "cos", "sin")),
         *((name, _N) for name in ("n_heads", "n_kv_heads", "head_dim", "page_size", "dtype")),
+        ("is_int8", _N),
         ("eps", _D),
     )
 

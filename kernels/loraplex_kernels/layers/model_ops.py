@@ -18,6 +18,7 @@ from loraplex_kernels.cpu.model_ops import (
     takes_heads,
     takes_norm,
 )
+from loraplex_kernels.formats.int8_cache import head_dim_of
 from loraplex_kernels.reference.model_ops import (
     add_rms_norm_reference,
     paged_attention_reference,
@@ -129,7 +130,8 @@ def rope_and_cache(
 ) -> None:
     """Rotate q and k of ``q_k_v`` [T, (n_heads + 2 n_kv_heads) D] in place and cache k and v.
 
-    n_kv_heads and D are those of the caches [n_pages, n_kv_heads, page_size, D].
+    n_kv_heads and D are those of the caches [n_pages, n_kv_heads, page_size, D], which on a CPU may
+    be in int8 (``formats.int8_cache``).
     ``cos``, ``sin``: [n_positions, rotary_dim ≤ D] with repeated halves, in float32 (most exact) or
     in the dtype of ``q_k_v`` (as transformers rounds them); None = no rotary embedding.
     ``positions``, ``slot_mapping``: int64 [T]; a negative slot is not written.
@@ -159,7 +161,7 @@ def rope_and_cache(
         return
     n_rows, stride = q_k_v.shape[0], q_k_v.stride(0)
     first = q_k_v.data_ptr()
-    _, n_kv_heads, page_size, head_dim = k_cache.shape
+    n_kv_heads, page_size, head_dim = k_cache.shape[1], k_cache.shape[2], head_dim_of(k_cache)
     n_rotated = q_k_v.shape[1] // head_dim - n_kv_heads
     native_ops(keep_gil=q_k_v.numel() < _LIGHT).rope_and_cache(
         code,
@@ -180,6 +182,7 @@ def rope_and_cache(
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         n_rows,
+        int(k_cache.dtype is torch.int8),
     )
 
 
@@ -221,6 +224,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         n_rows,
+        int(k_cache.dtype is torch.int8),
     )
 
 
@@ -322,6 +326,7 @@ def paged_attention(
         window or 0,
         scale,
         softcap or 0.0,
+        int(k_cache.dtype is torch.int8),
     )
     return out
 

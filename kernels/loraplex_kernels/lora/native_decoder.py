@@ -26,6 +26,7 @@ from loraplex_kernels.cpu.structs import (
     DecoderStepStruct,
     DecoderStruct,
 )
+from loraplex_kernels.formats.int8_cache import head_dim_of
 from loraplex_kernels.formats.layout import LoraSegments
 from loraplex_kernels.layers.base_linear import BaseLinear
 
@@ -138,6 +139,7 @@ class NativeDecoder:
             head_dim,
             page_size,
             code,
+            int(first.keys.dtype is torch.int8),
             norm.eps,
         )
         self._address = ctypes.addressof(self._decoder)
@@ -240,8 +242,7 @@ class NativeDecoder:
 
 def _cache_shape(keys: Tensor) -> tuple[int, int, int]:
     """Return (n_kv_heads, page_size, head_dim) of a cache."""
-    _, n_kv_heads, page_size, head_dim = keys.shape
-    return n_kv_heads, page_size, head_dim
+    return keys.shape[1], keys.shape[2], head_dim_of(keys)
 
 
 def _is_native_layer(layer: DecoderLayer, dtype: torch.dtype) -> bool:

@@ -11,12 +11,15 @@ two-byte dtypes and 1 for wider dtypes:
     K: [D / u, page_size, u]      V: [page_size / u, D, u]
 
 So only the operators read or write inside a page. Whole pages may be copied freely. A cache may be
-in float8_e4m3fn beside wider queries: keys and values are rounded to nearest even, at most ±448.
+in float8_e4m3fn beside wider queries: keys and values are rounded to nearest even, at most ±448. On
+a CPU it may be in int8 (``formats.int8_cache``), with a scale for each token of a head.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from loraplex_kernels.formats.int8_cache import codes_of, head_dim_of, to_codes
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
@@ -64,7 +67,7 @@ def rope_and_cache_reference(
 
     The first ``rotary_dim`` elements of each head turn, in float32 with one rounding.
     """
-    n_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    n_kv_heads, head_dim = k_cache.shape[1], head_dim_of(k_cache)
     heads = q_k_v.view(q_k_v.shape[0], -1, head_dim)
     n_rotated = heads.shape[1] - n_kv_heads
     if cos is not None and sin is not None:
@@ -86,8 +89,13 @@ def write_kv_reference(
     """Write ``k``, ``v`` [T, n_kv_heads, D] to slots ``slot_mapping`` [T]; negative = skip."""
     is_written = slot_mapping >= 0
     slot_mapping, k, v = slot_mapping[is_written], k[is_written], v[is_written]
-    page_size, head_dim = k_cache.shape[2:]
+    page_size, head_dim = k_cache.shape[2], head_dim_of(k_cache)
     pages, offsets = slot_mapping // page_size, slot_mapping % page_size
+    if k_cache.dtype is torch.int8:
+        keys, values = codes_of(k_cache, by_column=True), codes_of(v_cache, by_column=False)
+        keys.codes[pages, :, :, offsets], keys.scales[pages, :, offsets] = to_codes(k)
+        values.codes[pages, :, offsets], values.scales[pages, :, offsets] = to_codes(v)
+        return
     k_pages, v_pages = _inner_views(k_cache, v_cache)
     k_unit, v_unit = k_pages.shape[-1], v_pages.shape[-1]
     if k_cache.dtype is torch.float8_e4m3fn:
@@ -98,9 +106,18 @@ def write_kv_reference(
 
 
 def read_kv(k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the keys and values at ``slot_mapping`` [T], each [T, n_kv_heads, D]."""
-    page_size, head_dim = k_cache.shape[2:]
+    """Return the keys and values at ``slot_mapping`` [T], each [T, n_kv_heads, D].
+
+    They have the dtype of the cache; those of an int8 cache are float32.
+    """
+    page_size, head_dim = k_cache.shape[2], head_dim_of(k_cache)
     pages, offsets = slot_mapping // page_size, slot_mapping % page_size
+    if k_cache.dtype is torch.int8:
+        keys, values = codes_of(k_cache, by_column=True), codes_of(v_cache, by_column=False)
+        return (
+            keys.codes[pages, :, :, offsets] * keys.scales[pages, :, offsets, None].float(),
+            values.codes[pages, :, offsets] * values.scales[pages, :, offsets, None].float(),
+        )
     k_pages, v_pages = _inner_views(k_cache, v_cache)
     unit = v_pages.shape[-1]
     k = k_pages[pages, :, :, offsets].reshape(len(slot_mapping), k_cache.shape[1], head_dim)
@@ -128,10 +145,12 @@ def paged_attention_reference(
         rows = slice(starts[r], starts[r + 1])
         if starts[r] == starts[r + 1]:
             continue
-        k, v = _read_request(k_cache, v_cache, page_table[r], 0, kv_len)
         n_queries = starts[r + 1] - starts[r]
+        # Pages before the first query's window may belong to others by now.
+        seen = 0 if window is None else max(0, kv_len - n_queries + 1 - window)
+        k, v = _read_request(k_cache, v_cache, page_table[r], seen, kv_len)
         last = torch.arange(kv_len - n_queries, kv_len, device=q.device)[:, None]
-        place = torch.arange(kv_len, device=q.device)[None, :]
+        place = torch.arange(seen, kv_len, device=q.device)[None, :]
         hidden = place > last
         if window is not None:
             hidden |= place <= last - window

@@ -281,7 +281,7 @@ def _assemble(
     )
     loop = EngineLoop(settings, runner, kv_cache, adapters, scheduler, inbox)
     _log.info(
-        "engine: %s on %s in %s%s, %s layers, context %d, KV %d pages of %d tokens, "
+        "engine: %s on %s in %s%s, %s layers, context %d, KV %d pages of %d tokens in %s, "
         "adapter pool %d MiB",
         model.spec.model_id,
         model.device,
@@ -291,6 +291,7 @@ def _assemble(
         max_model_len,
         kv_cache.n_pages,
         kv_cache.page_size,
+        str(kv_dtype(config, model)).removeprefix("torch."),
         adapters.pool.bytes_total >> 20,
     )
     if workers is None:

@@ -61,10 +61,10 @@ class EngineConfig(Options, panel=Panel.ENGINE):
         "Reserve this memory for the KV cache, such as 2GiB. Default: what fits; 1GiB on a CPU.",
         name="kv_memory",
     )
-    kv_cache_dtype: Literal["auto", "fp8"] = option(
+    kv_cache_dtype: Literal["auto", "fp8", "int8"] = option(
         "auto",
-        "Keep the KV cache in the dtype of the base (auto), or on a GPU in fp8 (e4m3), which holds "
-        "twice the tokens.",
+        "Keep the KV cache in the dtype of the base (auto), on a GPU in fp8 (e4m3), or on a CPU in "
+        "int8. Both hold twice the tokens.",
     )
     drafts: Literal["auto", "off"] = option(
         "auto",

@@ -54,15 +54,24 @@ def _limits(config: EngineConfig, own: StepLimits) -> StepLimits:
 
 
 def kv_dtype(config: EngineConfig, model: BaseModel) -> torch.dtype:
-    """Return the dtype of the KV cache. Raises ValueError where fp8 is not served."""
+    """Return the dtype of the KV cache. Raises ValueError where the option is not served."""
     if config.kv_cache_dtype == "auto":
         own: torch.dtype = model.dtype
         return own
+    if config.kv_cache_dtype == "int8":
+        if model.device.type != "cpu" or model.shard is not None:
+            raise ValueError(
+                "--kv-cache-dtype int8 needs a CPU and one process; this base is on "
+                f"{'several devices' if model.shard is not None else model.device}; leave it out, "
+                "or take fp8 on one GPU"
+            )
+        return torch.int8
     if model.device.type == "cpu" or model.dtype.itemsize != 2 or model.shard is not None:
         raise ValueError(
             f"--kv-cache-dtype {config.kv_cache_dtype} needs one GPU and a base in 16 bits; this "
             f"base is in {str(model.dtype).removeprefix('torch.')} on "
-            f"{'several devices' if model.shard is not None else model.device}; leave it out"
+            f"{'several devices' if model.shard is not None else model.device}; leave it out, or "
+            "take int8 on a CPU"
         )
     return torch.float8_e4m3fn
 

@@ -77,8 +77,9 @@ def _cache_and_step_families(
 ) -> Iterator[Metric]:
     total = stats.kv_pages_total
     yield states("loraplex_kv_pages", used=stats.kv_pages_used, total=total)
-    geometry = (str(PAGE_SIZE), str(total), str(config.prefix_cache), "0")
-    labels = ("block_size", "num_gpu_blocks", "enable_prefix_caching", "engine")
+    dtype = config.kv_cache_dtype
+    geometry = (str(PAGE_SIZE), str(total), dtype, str(config.prefix_cache), "0")
+    labels = ("block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching", "engine")
     yield gauge("vllm:cache_config_info", labels, [(geometry, 1.0)])
     name = "vllm:iteration_tokens_total"
     step = HistogramMetricFamily(name, HELP[name], labels=LABELS)

@@ -24,6 +24,7 @@ from .layers.adapted_modules import replace_embeddings, replace_norms
 from .layers.attention import LayerAttention, install_attention
 from .layers.forward_context import ForwardContext
 from .layers.fused_decoder import FusedDecoder
+from .layers.packed_experts import is_silu, pack_experts
 from .layers.packed_lora_linear import PackedLoraLinear
 from .layers.routed import RoutedMlp, find_mlps
 from .layers.tensor_parallel import GatheredHead, Shard
@@ -116,6 +117,7 @@ class BaseModel:
         self.embeddings = replace_embeddings(  # names
             model, self.step, table_of, within=inside
         )
+        pack_experts(model, exponent_coding=exponent_coding)
         # names of parameters
         self.stacked = replace_experts(model, self.step, self.spec.routers)
         if shard is not None:
@@ -321,7 +323,7 @@ def _gated_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
     act = getattr(mlp, "act_fn", None)
     if act is None:
         return None
-    if isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation":
+    if is_silu(act):
         return silu_mul
 
     def gated(gate_up: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ REFUSED: Mapping[str, Refusal] = {
 # Option → vLLM's value → ours. None: the option is left out, as the checkpoint says it.
 _VALUES: Mapping[str, Mapping[str, str | None]] = {
     "dtype": {"half": "float16", "float": "float32"},
-    "kv-cache-dtype": {"fp8_e4m3": "fp8"},
+    "kv-cache-dtype": {"fp8_e4m3": "fp8", "int8_per_token_head": "int8"},
     "attention-backend": {"FLASHINFER": "flashinfer", "TRITON_ATTN": "triton"},
     "quantization": dict.fromkeys(
         ("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors")

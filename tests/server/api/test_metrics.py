@@ -179,6 +179,7 @@ async def test_an_endpoint_picker_finds_what_its_scorers_read(lora: Front) -> No
     geometry = families["vllm:cache_config_info"].samples[0].labels
     assert int(geometry["block_size"]) > 0
     assert geometry["num_gpu_blocks"] == "20"
+    assert geometry["cache_dtype"] == "auto"
     assert int(families["vllm:lora_requests_info"].samples[0].labels["max_lora"]) == 8
 
 

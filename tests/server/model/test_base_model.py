@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
+from loraplex_kernels.cpu import native
 from loraplex_server.engine.memory.kv_cache import KvCache, KvGeometry
 from loraplex_server.engine.requests.client import GenerationRequest
 from loraplex_server.engine.requests.request import Request
@@ -87,6 +88,12 @@ def _check(model: PreTrainedModel, *, fuse: bool) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_llama_style_models_run_fused(model_type: str) -> None:
     assert BaseModel(tiny_model(model_type), "tiny").fused is not None
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler built the kernels")
+def test_layers_of_a_mixture_run_fused_where_its_experts_are_native() -> None:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    assert BaseModel(tiny_model("qwen3_moe", **sizes), "tiny").fused is not None
 
 
 def test_other_architectures_run_transformers_modules() -> None:

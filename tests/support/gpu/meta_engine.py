@@ -34,6 +34,7 @@ from loraplex_server.engine.steps import model_runner
 from loraplex_server.model import packing
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.encoder.encoder import Encoder
+from loraplex_server.model.layers import packed_experts
 from loraplex_server.model.quantized.quantized_modules import quantize_linears
 from loraplex_server.model.vision.prompt_image import PromptImage
 from tests.support.gpu.meta_device import META, MetaGpu, Work, meta_gpu
@@ -186,6 +187,7 @@ def base_on_host(
 def hold_weights_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
     """Make linears that are packed on the host hold plain weights or codes, no native panels."""
     patch.setattr(packed_linear, "dtype_code", lambda _: None)
+    patch.setattr(packed_experts, "dtype_code", lambda _: None)  # the experts stay transformers'
     patch.setattr(packing, "coded_linear", QuantizedLinear)
 
 

@@ -146,6 +146,11 @@ class ExampleLearner:
             )
         if len({prompt for prompt, _ in pairs}) < len(pairs):
             raise UnfitExamples("a prompt comes twice: one of the two could not be held out")
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise UnfitExamples(
+                f"the base {self._base_name} has no chat template, in which examples are learnt; "
+                "put a chat_template.jinja into its folder, or serve a base that has one"
+            )
         return self._encode(request)
 
     def check_budget(self, pairs: Pairs, budget_s: float) -> None:

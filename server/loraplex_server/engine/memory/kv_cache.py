@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraplex_kernels.formats.host_copy import move_together
+from loraplex_kernels.formats.int8_cache import cache_width
 from loraplex_kernels.formats.storage import allocate_storage
 from loraplex_kernels.layers.model_ops import write_kv
 from loraplex_server.model.layers.tensor_parallel import Shard
@@ -34,7 +35,8 @@ class KvGeometry:
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Return the bytes of a page, keys and values of all layers."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * page_size * dtype.itemsize
+        width = cache_width(self.head_dim, dtype)
+        return 2 * self.n_layers * self.n_kv_heads * width * page_size * dtype.itemsize
 
 
 @dataclass(slots=True)
@@ -50,7 +52,8 @@ class _Table:
 class KvCache:
     """Owner of the KV pages and of the block tables. Engine thread only.
 
-    ``keys[layer]`` and ``values[layer]`` are [n_pages, n_kv_heads, page_size, head_dim].
+    ``keys[layer]`` and ``values[layer]`` are [n_pages, n_kv_heads, page_size, head_dim], in int8
+    with two more columns (``loraplex_kernels.formats.int8_cache``).
     A request's table is [gone | shared, published | own, published | own, being filled]. Published
     pages are full and never written again. Pages are gone once no layer's window reaches them.
     """
@@ -73,7 +76,8 @@ class KvCache:
         self.page_size = page_size
         self.prefix_cache = prefix_cache
         # One block, so that it gets huge pages: a step touches blocks of 2 KiB all over it.
-        layer = (n_pages, geometry.n_kv_heads, page_size, geometry.head_dim)
+        width = cache_width(geometry.head_dim, dtype)
+        layer = (n_pages, geometry.n_kv_heads, page_size, width)
         storage = allocate_storage(2 * geometry.n_layers * math.prod(layer), dtype, device)
         self._storage = storage.zero_().view(2, geometry.n_layers, *layer)
         self.keys, self.values = (list(half.unbind(0)) for half in self._storage)
@@ -277,6 +281,7 @@ class KvCache:
         position = np.arange(n_tokens)
         first = pages[position // self.page_size] * self.page_size
         (slots,) = move_together([first + position % self.page_size], device)
+        dtype = torch.float32 if self._dtype is torch.int8 else self._dtype
         if self._shard is not None and self._shard.others is not None:
             whole = torch.stack([torch.stack(list(part)) for part in (keys, values)])
             whole = whole.to(self.keys[0])
@@ -284,10 +289,8 @@ class KvCache:
             heads = self._shard.layout.kv_heads(self._shard.rank)
             keys, values = (list(part[:, :, heads]) for part in whole)
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-            cached_k, cached_v = self.keys[layer], self.values[layer]
-            write_kv(
-                k.to(cached_k).contiguous(), v.to(cached_v).contiguous(), cached_k, cached_v, slots
-            )
+            k, v = (part.to(device, dtype).contiguous() for part in (k, v))
+            write_kv(k, v, self.keys[layer], self.values[layer], slots)
 
     def _first_page(self, n_pages: int) -> int:
         """Return the first page that is needed once ``n_pages`` pages are computed."""

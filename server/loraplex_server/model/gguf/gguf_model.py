@@ -13,7 +13,7 @@ from loraplex_kernels.cpu.gguf_weight import GgufWeight
 from loraplex_server.model.errors import ModelError
 from loraplex_server.model.quantized.quantized_modules import BlockEmbedding, install_quantized
 
-from .gguf_experts import BlockExperts, ExpertBlocks
+from .gguf_experts import ExpertBlocks, block_experts
 from .gguf_file import GgufFile
 
 _LAYER = {
@@ -88,7 +88,7 @@ def load_gguf(
         else:
             theirs = model.get_submodule(module)
             count = theirs.get_parameter("down_proj").shape[0]
-            model.set_submodule(module, BlockExperts(stack, count, theirs.act_fn))
+            model.set_submodule(module, block_experts(stack, count, theirs.act_fn))
     _fill(model, plain, blocks, file)
     return model
 

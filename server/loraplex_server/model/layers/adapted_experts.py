@@ -30,6 +30,7 @@ class AdaptedExperts(nn.Module):
         for part, value in experts.named_parameters(recurse=False):
             self.register_parameter(part, value)
         self._experts = experts
+        self.stacked_weights = getattr(experts, "stacked_weights", {})
         # Experts whose weights are computed have no parameters that could be exchanged.
         self._run_with = getattr(experts, "run_with", partial(torch.func.functional_call, experts))
         self._name = name

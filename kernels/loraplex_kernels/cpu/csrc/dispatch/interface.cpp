@@ -13,7 +13,7 @@ static_assert(sizeof(LoraTarget) == 12 * 8, "mirrored by cpu/structs.py");
 static_assert(sizeof(LoraSegments) == 6 * 8, "mirrored by cpu/structs.py");
 static_assert(sizeof(DecoderLinear) == 5 * 8, "mirrored by cpu/structs.py");
 static_assert(sizeof(DecoderLayer) == (4 * 5 + 8) * 8, "mirrored by cpu/structs.py");
-static_assert(sizeof(Decoder) == 11 * 8, "mirrored by cpu/structs.py");
+static_assert(sizeof(Decoder) == 12 * 8, "mirrored by cpu/structs.py");
 static_assert(sizeof(DecoderStep) == (15 + 6 + 2 + 6 + 2) * 8, "mirrored by cpu/structs.py");
 
 struct Layout {
@@ -41,7 +41,8 @@ const Layout kLayouts[] = {
     FIELD(DecoderLayer, scale),
     STRUCT(Decoder), FIELD(Decoder, layers), FIELD(Decoder, n_layers), FIELD(Decoder, norm),
     FIELD(Decoder, cos), FIELD(Decoder, sin), FIELD(Decoder, n_heads), FIELD(Decoder, n_kv_heads),
-    FIELD(Decoder, head_dim), FIELD(Decoder, page_size), FIELD(Decoder, dtype), FIELD(Decoder, eps),
+    FIELD(Decoder, head_dim), FIELD(Decoder, page_size), FIELD(Decoder, dtype),
+    FIELD(Decoder, is_int8), FIELD(Decoder, eps),
     STRUCT(DecoderStep), FIELD(DecoderStep, n_rows), FIELD(DecoderStep, residual),
     FIELD(DecoderStep, x), FIELD(DecoderStep, y), FIELD(DecoderStep, qkv), FIELD(DecoderStep, heads),
     FIELD(DecoderStep, gate_up), FIELD(DecoderStep, act), FIELD(DecoderStep, positions),
@@ -55,7 +56,7 @@ const Layout kLayouts[] = {
 }  // namespace loraplex
 
 // Version of the C functions: native.py refuses a library built from other sources.
-LORAPLEX_API int loraplex_abi() { return 12; }
+LORAPLEX_API int loraplex_abi() { return 13; }
 
 // The size of a struct, or the offset of a field "struct.field"; -1 if there is none.
 LORAPLEX_API int64_t loraplex_layout(const char* name) {

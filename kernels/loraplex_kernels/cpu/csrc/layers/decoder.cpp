@@ -39,12 +39,13 @@ struct Run {
         char* v = static_cast<char*>(step.qkv) + (d.n_heads + d.n_kv_heads) * d.head_dim * element;
         kernels().rope_and_cache[d.dtype]({step.qkv, v, width, width, d.n_heads, d.n_kv_heads, d.head_dim,
                                     d.page_size, d.cos, d.sin, d.head_dim, 1, step.positions,
-                                    step.slot_mapping, layer.keys, layer.values, step.n_rows});
+                                    step.slot_mapping, layer.keys, layer.values, step.n_rows,
+                                    d.is_int8});
         kernels().attention[d.dtype](
             {step.qkv, layer.keys, layer.values, step.page_table, step.query_starts, step.kv_lens,
              step.heads, width, d.n_heads * d.head_dim, step.table_stride, step.n_requests,
              d.n_heads, d.n_kv_heads, d.head_dim, d.page_size, layer.window,
-             static_cast<float>(layer.scale), 0.0f});
+             static_cast<float>(layer.scale), 0.0f, d.is_int8});
     }
 
     // Only the last token of a chunk has a use for what follows the attention of the last layer.

@@ -31,6 +31,7 @@ struct Decoder {
     const float* sin;
     int64_t n_heads, n_kv_heads, head_dim, page_size;
     int64_t dtype;
+    int64_t is_int8;  // 1: keys and values are those of int8_cache.inc
     double eps;
 };
 

@@ -1,6 +1,6 @@
 // The arguments of the base model's operators. Layouts: linear.inc and block_formats.h (packed
 // weights),
-// attention_tile.inc (paged cache).
+// attention_tile.inc and int8_cache.inc (paged cache).
 #pragma once
 
 #include <cstdint>
@@ -98,6 +98,7 @@ struct RopeArgs {
     void* k_cache;
     void* v_cache;
     int64_t n_rows;
+    int64_t is_int8;  // 1: the caches are those of int8_cache.inc; 0: they hold the element type
 };
 
 struct AttentionArgs {
@@ -113,6 +114,7 @@ struct AttentionArgs {
     int64_t window;  // 0 = none
     float scale;
     float softcap;  // 0 = none
+    int64_t is_int8;  // see RopeArgs
 };
 
 }  // namespace loraplex

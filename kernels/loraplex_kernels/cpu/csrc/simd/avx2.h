@@ -46,6 +46,9 @@ LORAPLEX_INLINE vi v_bf16_bits(vf x) {
 LORAPLEX_INLINE vi v_join(vf low, vf high) {
     return _mm256_blend_epi16(_mm256_srli_epi32(v_bf16_bits(low), 16), v_bf16_bits(high), 0xaa);
 }
+LORAPLEX_INLINE vi v_join_exact(vf low, vf high) {
+    return _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(low), 16), _mm256_castps_si256(high));
+}
 
 LORAPLEX_INLINE vf v_load(const float* p) { return _mm256_loadu_ps(p); }
 LORAPLEX_INLINE void v_store(float* p, vf x) { _mm256_storeu_ps(p, x); }

@@ -60,6 +60,9 @@ LORAPLEX_INLINE vi v_join(vf low, vf high) {
     constexpr __mmask32 kOdd = 0xaaaaaaaau;
     return _mm512_mask_mov_epi16(_mm512_srli_epi32(v_bf16_bits(low), 16), kOdd, v_bf16_bits(high));
 }
+LORAPLEX_INLINE vi v_join_exact(vf low, vf high) {
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
+}
 
 LORAPLEX_INLINE vf v_load(const float* p) { return _mm512_loadu_ps(p); }
 LORAPLEX_INLINE void v_store(float* p, vf x) { _mm512_storeu_ps(p, x); }

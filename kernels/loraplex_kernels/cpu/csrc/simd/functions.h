@@ -40,6 +40,10 @@ struct Bf16 {
     static constexpr int unit = 2;  // elements of a word
     typedef vi Operand;
     LORAPLEX_INLINE vf dot(vi words, uint32_t word, vf acc) { return v_dot(words, v_word(word), acc); }
+    // Writes kLanes words, each of a code from `first` and one from `second`.
+    LORAPLEX_INLINE void store_codes(uint32_t* words, const int8_t* first, const int8_t* second) {
+        v_store_words(words, v_join_exact(v_load_bytes(first), v_load_bytes(second)));
+    }
     LORAPLEX_INLINE Operand operand(const T* p) { return v_words(p); }
     LORAPLEX_INLINE vf dot2(Operand a, Operand b, vf acc) { return v_dot(a, b, acc); }
 };
@@ -49,6 +53,9 @@ struct F32 {
     typedef Vec2 Operand;
     LORAPLEX_INLINE vf dot(vi words, uint32_t word, vf acc) {
         return v_fma(v_as_floats(words), v_set(from_bits(word)), acc);
+    }
+    LORAPLEX_INLINE void store_codes(uint32_t* words, const int8_t* first, const int8_t*) {
+        v_store(reinterpret_cast<float*>(words), v_load_bytes(first));
     }
     LORAPLEX_INLINE Operand operand(const T* p) { return load2(p); }
     LORAPLEX_INLINE vf dot2(Operand a, Operand b, vf acc) {

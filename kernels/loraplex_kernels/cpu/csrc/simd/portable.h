@@ -57,6 +57,11 @@ LORAPLEX_INLINE vi v_join(vf low, vf high) {
     return (v_bf16_bits(low) >> 16) | (v_bf16_bits(high) & 0xffff0000u);
 }
 
+// `low` and `high`, which are bfloat16 already, in the halves of each word.
+LORAPLEX_INLINE vi v_join_exact(vf low, vf high) {
+    return (reinterpret_cast<vi>(low) >> 16) | reinterpret_cast<vi>(high);
+}
+
 LORAPLEX_INLINE vf v_load(const float* p) { return v_as_floats(v_words(p)); }
 LORAPLEX_INLINE void v_store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
 LORAPLEX_INLINE vf v_load(const bf16* p) {

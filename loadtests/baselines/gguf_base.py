@@ -1,7 +1,9 @@
 """Finds the GGUF file of a base, and writes one of Llama-3.2-1B's shape with random blocks.
 
     python -m loadtests.baselines.gguf_base /tmp/1b-Q4_K.gguf --type Q4_K
+    python -m loadtests.baselines.gguf_base /tmp/1b-qwen2.gguf --architecture qwen2
 
+mistral.rs refuses adapters on files of Llama, and takes them on those of Qwen 2, which have biases.
 The time of a step depends on the shape and the type of the blocks, not on their values. Tokenizer
 and chat template are those of the default base; rows of the embedding beyond its tokens are zero.
 """
@@ -28,6 +30,7 @@ _SCALES: Mapping[GGMLQuantizationType, Mapping[int, float]] = {
 }
 _TYPES = (_T.Q8_0, _T.Q4_0, _T.Q4_K)
 _OF_THE_EMBEDDING = {_T.Q8_0: _T.Q8_0}  # else Q6_K, as llama-quantize chooses for a tied head
+_BIASED = ("attn_q", "attn_k", "attn_v")  # of Qwen 2
 _LLAMA_1B: Mapping[str, int] = {
     "vocabulary": 128_256,
     "hidden": 2048,
@@ -45,10 +48,14 @@ def gguf_of(model: Path) -> Path | None:
 
 
 def write_random_gguf(
-    path: Path, type: GGMLQuantizationType, shape: Mapping[str, int] = _LLAMA_1B
+    path: Path,
+    type: GGMLQuantizationType,
+    shape: Mapping[str, int] = _LLAMA_1B,
+    *,
+    architecture: str = "llama",
 ) -> None:
     """Write a base of this shape, all matrices in blocks of ``type``."""
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, architecture)
     hidden, heads = shape["hidden"], shape["heads"]
     head_dim = hidden // heads
     writer.add_context_length(8192)
@@ -82,6 +89,9 @@ def write_random_gguf(
         for number, (name, (n_out, n_in)) in enumerate(widths.items()):
             blocks = _random_blocks(n_out, n_in, type, seed=1 + 16 * layer + number)
             writer.add_tensor(f"blk.{layer}.{name}.weight", blocks, raw_dtype=type)
+            if architecture == "qwen2" and name in _BIASED:
+                bias = np.zeros(n_out, dtype=np.float32)
+                writer.add_tensor(f"blk.{layer}.{name}.bias", bias)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -128,8 +138,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--type", default="Q4_K", choices=[type.name for type in _TYPES])
+    parser.add_argument("--architecture", default="llama", choices=["llama", "qwen2"])
     options = parser.parse_args()
-    write_random_gguf(options.out, _T[options.type])
+    write_random_gguf(options.out, _T[options.type], architecture=options.architecture)
 
 
 if __name__ == "__main__":

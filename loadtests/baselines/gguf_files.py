@@ -20,11 +20,12 @@ _NAMES = {  # PEFT's module → llama.cpp's
 
 
 def write_gguf(adapter: Path, model: Path, path: Path) -> None:
-    """Write the adapter as a GGUF file. ``model``: the directory of its Llama base."""
+    """Write the adapter as a GGUF file. ``model``: the directory of its Llama or Qwen 2 base."""
     config = AutoConfig.from_pretrained(model)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    interleaved = heads if config.model_type == "llama" else {}
     alpha = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, config.model_type)
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(alpha))
@@ -33,8 +34,8 @@ def write_gguf(adapter: Path, model: Path, path: Path) -> None:
         parts = name.split(".")
         layer, module, factor = parts[4], parts[6], parts[7]
         value = tensor.float()
-        if factor == "lora_B" and module in heads:
-            value = _interleave_rows(value, heads[module])
+        if factor == "lora_B" and module in interleaved:
+            value = _interleave_rows(value, interleaved[module])
         writer.add_tensor(f"blk.{layer}.{_NAMES[module]}.weight.{factor.lower()}", value.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,4 +1,4 @@
-"""Reads the images of requests: ``data:`` URLs, base64 and allowed addresses, within limits.
+"""Reads the images of requests: ``data:`` URLs, base64, uploads and allowed addresses, in limits.
 
     image = read_image(source, ImageLimits())  # a PIL image in RGB
 
@@ -12,6 +12,7 @@ import base64
 import binascii
 import io
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -66,8 +67,13 @@ def read_image(source: str, limits: ImageLimits) -> Image.Image:
     return decode_image(image_bytes(source, limits), limits)
 
 
-def image_bytes(source: str, limits: ImageLimits) -> bytes:
-    """Return the file of a ``data:`` URL, base64 or allowed address. Raises ImageRefused."""
+def image_bytes(source: str | Path, limits: ImageLimits) -> bytes:
+    """Return the file of a ``data:`` URL, base64, allowed address or upload. Raises ImageRefused.
+
+    ``source``: a path is that of an upload; a text of a client is never read as a path.
+    """
+    if isinstance(source, Path):
+        return _stored(source, limits)
     if _REMOTE.match(source):
         return _fetched(source, limits)
     start = 0
@@ -120,6 +126,22 @@ def decode_image(data: bytes, limits: ImageLimits) -> Image.Image:
         raise ImageRefused(
             f"the image is broken and cannot be decoded: {reason[:200]}", "invalid_image"
         ) from error
+
+
+def media_type(data: bytes) -> str:
+    """Return the media type of a file that ``decode_image`` has decoded, such as image/png."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        kind = image.format or ""
+    return "image/jpeg" if kind == "MPO" else Image.MIME[kind]
+
+
+def _stored(path: Path, limits: ImageLimits) -> bytes:
+    """Return the file of an upload. Raises ImageRefused."""
+    try:
+        _check_size(path.stat().st_size, limits)
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ImageRefused("the uploaded file was deleted meanwhile", "invalid_image") from None
 
 
 def _fetched(source: str, limits: ImageLimits) -> bytes:

@@ -34,6 +34,7 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     "docs/images.md": {
         "loraplex serve": _OPTIONS,
         "import base64": "needs such a base; tests/server/api/test_chat_images.py serves one",
+        "with open": "needs such a base; tests/server/api/test_uploaded_images.py serves one",
     },
     "docs/image-encoders.md": {
         "loraplex serve": _OPTIONS,

@@ -67,6 +67,11 @@ def info_of(scope: AsgiScope) -> RequestInfo:
     return info
 
 
+def is_anthropic(request: Request) -> bool:
+    """Return True for a request of Anthropic's clients, on a path that others use, too."""
+    return "anthropic-version" in request.headers
+
+
 def came_with_key(scope: Mapping[str, object]) -> bool:
     """Return True if ``Auth`` has found a valid API key in the request."""
     info = scope.get(_KEY)

@@ -86,8 +86,8 @@ class ImagePrompts:
             ) from error
         return ImagePrompts(processor, layout, token, token_id, max_bytes=max_bytes)
 
-    def read(self, source: str, limits: ImageLimits) -> ReadImage:
-        """Decode an image and prepare it. ``source``: a data URL, base64 or an allowed address.
+    def read(self, source: str | Path, limits: ImageLimits) -> ReadImage:
+        """Decode an image and prepare it. ``source``: as ``image_bytes`` reads it.
 
         Takes up to tenths of a second, and ten seconds more to fetch. Raises ImageRefused, and
         ApiError (503) while other images take all memory.

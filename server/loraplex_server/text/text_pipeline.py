@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from loraplex_adapter_store.part_log import worked
@@ -194,7 +195,7 @@ class TextPipeline:
         return await self._run(render_and_encode, tenant)
 
     async def read_images(
-        self, sources: Sequence[str], limits: ImageLimits, *, tenant: str
+        self, sources: Sequence[str | Path], limits: ImageLimits, *, tenant: str
     ) -> list[ReadImage | ImageRefused]:
         """Decode and prepare images one by one, up to the first that is refused.
 
@@ -205,7 +206,7 @@ class TextPipeline:
         assert processor is not None, "the base sees no images"
         assert threads is not None
 
-        def read(source: str) -> ReadImage | ImageRefused:
+        def read(source: str | Path) -> ReadImage | ImageRefused:
             try:
                 return processor.read(source, limits)
             except ImageRefused as error:

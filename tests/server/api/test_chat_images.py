@@ -386,11 +386,15 @@ def test_a_base_that_reads_text_alone_refuses_an_image(tmp_path: Path) -> None:
     with app_of(path, tmp_path / "state", tiny_engine_config()) as app, served_app(app) as url:
         body = {"model": "base", "messages": _user(made_image(1), _SEES)}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+        upload = {"type": "file", "file": {"file_id": "file-1"}}
+        body["messages"] = [{"role": "user", "content": [upload]}]
+        of_upload = httpx.post(f"{url}/v1/chat/completions", json=body).json()["error"]
     error = answer.json()["error"]
     assert answer.status_code == 400
-    assert error["code"] == "unsupported_content"
+    assert error["code"] == of_upload["code"] == "unsupported_content"
     assert "reads no images" in error["message"]
     assert error["param"] == "messages[0].content[0].image_url.url"
+    assert of_upload["param"] == "messages[0].content[0].file.file_id"
 
 
 @pytest.mark.parametrize("option", [{"quantization": "int8"}, {"tensor_parallel_size": 2}])

@@ -29,6 +29,7 @@ def served_app(app: FastAPI) -> Iterator[str]:
         async def main() -> None:
             await server.serve(sockets=[listening])
             await app.state.parts.text.close()
+            await app.state.parts.file_checks.close()
 
         thread = threading.Thread(target=asyncio.run, args=[main()])
         thread.start()

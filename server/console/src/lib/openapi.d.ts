@@ -689,12 +689,18 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        /** List Files */
+        /**
+         * List Files
+         * @description List the files. ``page`` continues a list in the form of Anthropic's clients.
+         */
         get: operations["list_files_v1_files_get"];
         put?: never;
         /**
          * Upload File
-         * @description Store a file of calls for a batch, or of training examples. Each line is checked here.
+         * @description Store a file of calls for a batch, of training examples, or an image for chats.
+         *
+         *     Each line is checked here, and an image is decoded. Anthropic's clients name no purpose, and
+         *     upload images.
          */
         post: operations["upload_file_v1_files_post"];
         delete?: never;
@@ -2333,7 +2339,7 @@ export interface components {
              * Purpose
              * @enum {string}
              */
-            purpose: "batch" | "batch_output" | "fine-tune" | "fine-tune-results";
+            purpose: "batch" | "batch_output" | "fine-tune" | "fine-tune-results" | "vision" | "user_data";
             /**
              * Status
              * @constant
@@ -8075,6 +8081,7 @@ export interface operations {
                 after?: string | null;
                 order?: "asc" | "desc";
                 purpose?: string | null;
+                page?: string | null;
             };
             header?: never;
             path?: never;
@@ -8169,7 +8176,7 @@ export interface operations {
                     /** Format: binary */
                     file: string;
                     /** @enum {string} */
-                    purpose: "batch" | "fine-tune";
+                    purpose: "batch" | "fine-tune" | "vision" | "user_data";
                 };
             };
         };
@@ -8463,6 +8470,11 @@ export interface operations {
                 };
                 content: {
                     "application/jsonl": string;
+                    "image/bmp": string;
+                    "image/gif": string;
+                    "image/jpeg": string;
+                    "image/png": string;
+                    "image/webp": string;
                     "text/csv": string;
                 };
             };

@@ -35,24 +35,34 @@ _ENDED = frozenset(
 )
 
 
-class InputSummary(NamedTuple):
-    """The contents of a file of calls or of a training file."""
+IMAGE_PURPOSES = ("vision", "user_data")
 
-    n_lines: int  # without blank lines
-    endpoints: tuple[str, ...]  # of a training file: the method that its lines are for
+
+class InputSummary(NamedTuple):
+    """The contents of an uploaded file."""
+
+    n_lines: int  # without blank lines; 0 for an image
+    # Of a training file: the method that its lines are for. Of an image: its media type.
+    endpoints: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file of calls, of answers, for training, or of a training's metrics."""
+    """A file of calls, of answers, for training, of a training's metrics, or an image."""
 
     id: str
-    purpose: str  # batch, batch_output, fine-tune or fine-tune-results
+    purpose: str  # batch, batch_output, fine-tune, fine-tune-results, or of ``IMAGE_PURPOSES``
     filename: str
     n_bytes: int
     created: int  # seconds since the epoch
     n_lines: int
     endpoints: tuple[str, ...]  # see ``InputSummary``
+
+    @property
+    def media_type(self) -> str:
+        if self.purpose in IMAGE_PURPOSES:
+            return self.endpoints[0]
+        return "text/csv" if self.purpose == "fine-tune-results" else "application/jsonl"
 
     def to_json(self) -> dict[str, object]:
         return {

@@ -12,12 +12,12 @@ from loraplex_server.adapters.resolving.access import stored_name
 from loraplex_server.adapters.resolving.sentence_encoder import EncoderModel
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.errors import errors
+from loraplex_server.api.request_info import is_anthropic
 from loraplex_server.api.state import Access, AppState, State, followed, in_store_thread
 from loraplex_server.errors import ApiError, not_found
 from loraplex_server.settings.api_keys import AdapterAccess
 
 router = APIRouter()
-_ANTHROPIC = "anthropic-version"  # header of Anthropic's clients
 
 
 class Model(BaseModel):
@@ -122,7 +122,7 @@ def _listed(
     if limit is not None:
         first, end = (max(0, end - limit), end) if before_id in ids else (first, first + limit)
     page = data[first:end]
-    if _ANTHROPIC not in request.headers:
+    if not is_anthropic(request):
         return ORJSONResponse({"object": "list", "data": page})
     return ORJSONResponse(
         {
@@ -135,7 +135,7 @@ def _listed(
 
 
 def _shown(request: Request, model: dict[str, object]) -> Response:
-    return ORJSONResponse(_as_anthropic(model) if _ANTHROPIC in request.headers else model)
+    return ORJSONResponse(_as_anthropic(model) if is_anthropic(request) else model)
 
 
 def _as_anthropic(model: dict[str, object]) -> dict[str, object]:

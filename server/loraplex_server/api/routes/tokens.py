@@ -13,6 +13,7 @@ from loraplex_server.api.protocol.errors import errors
 from loraplex_server.api.protocol.generation import AdapterBody
 from loraplex_server.api.protocol.tools import Tools
 from loraplex_server.api.serving.chat.chat_prompt import AdapterChat, ChatPrompt
+from loraplex_server.api.serving.chat.image_sources import ImageSources
 from loraplex_server.api.serving.chat.tool_use import tool_use
 from loraplex_server.api.serving.unsupported import refuse_unsupported
 from loraplex_server.api.state import Access, AppState, State, Tenant
@@ -100,8 +101,9 @@ async def _chat_ids(state: AppState, body: TokenizeBody, access: AdapterAccess) 
         requested, chat.routing_text, access, takes_few_shot=True
     )
     try:
-        limits = state.config.http.image_limits
-        through = AdapterChat(chat, state.text, resolved, access.tenant or "", limits)
+        tenant = access.tenant or ""
+        sources = ImageSources(state, tenant)
+        through = AdapterChat(chat, state.text, resolved, tenant, sources)
         ids, _ = await through.ids_within(state.engine.max_model_len)
         return ids
     finally:

@@ -100,7 +100,7 @@ async def test_a_file_with_a_bad_line_is_refused(
 
 
 async def test_other_forms_and_purposes_are_refused(front: Front) -> None:
-    answer = await _upload(front, _calls(1), purpose="vision")
+    answer = await _upload(front, _calls(1), purpose="assistants")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "purpose")
     answer = await _upload(front, _calls(1), other="x")
     assert (answer.status_code, "the upload cannot be read" in answer.text) == (400, True)

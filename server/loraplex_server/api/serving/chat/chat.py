@@ -31,6 +31,7 @@ from loraplex_server.errors import ApiError, invalid
 from loraplex_server.text.token_text import TokenTexts
 
 from .chat_prompt import AdapterChat, ChatPrompt
+from .image_sources import ImageSources
 from .message_parser import AnswerPieces, MessagePiece, ParsedMessage, ParserSpec
 from .structural_tags import StructuralTags
 from .tool_grammar import PromptEnd, answer_grammar
@@ -118,8 +119,8 @@ class ChatSource:
 
     def through(self, resolved: ResolvedAdapter) -> AdapterChat:
         call = self._call
-        limits = call.state.config.http.image_limits
-        return AdapterChat(self._prompt, call.state.text, resolved, call.info.tenant, limits)
+        sources = ImageSources(call.state, call.info.tenant)
+        return AdapterChat(self._prompt, call.state.text, resolved, call.info.tenant, sources)
 
     async def _prepare(self, body: ChatBody, chat: AdapterChat) -> PreparedCall:
         state, api = self._call.state, self._call.api

@@ -11,6 +11,8 @@ from loraplex_server.api.json_size import TOO_DEEP
 from loraplex_server.api.protocol.chat import ChatMessage
 from loraplex_server.errors import invalid
 
+from .image_parts import IMAGE_TYPES
+
 _MAX_ARGUMENTS_CHARS = 1 << 20  # JSON within JSON, which is parsed on the event loop
 _MAX_SYSTEM_CHARS = 200  # a longer text would outweigh the user's turn
 # Arguments of apply_chat_template that a client must not set (CVE-2025-62426 and kin).
@@ -126,12 +128,12 @@ def _content(
                 if not isinstance(text, str):
                     raise invalid("a text part needs a string 'text'", f"{where}.text")
                 parts.append({"type": "text", "text": text})
-            case "image_url":
+            case kind if kind in IMAGE_TYPES:
                 parts.append({"type": "image"})
             case kind:
                 raise invalid(
-                    f"content of type {kind!r} is not supported: this server takes text, and "
-                    "image_url with a vision-language base",
+                    f"content of type {kind!r} is not supported: this server takes text, and with "
+                    f"a vision-language base {' and '.join(IMAGE_TYPES)}",
                     where,
                     "unsupported_content",
                 )

@@ -8,13 +8,14 @@ from loraplex_server.adapters.resolving.resolved_adapter import ResolvedAdapter
 from loraplex_server.api.protocol.chat import ChatMessage
 from loraplex_server.api.serving.text_generation.sampling import defaults_of
 from loraplex_server.errors import ApiError, from_image, invalid
-from loraplex_server.images import ImageLimits, ImageRefused, check_count
+from loraplex_server.images import ImageRefused, check_count
 from loraplex_server.model.vision.prompt_image import PromptImage
 from loraplex_server.text.image_prompts import ReadImage
 from loraplex_server.text.text_pipeline import TextPipeline
 
 from .chat_messages import plain_messages, routing_text, template_arguments, with_turns
 from .image_parts import image_parts
+from .image_sources import ImageSources
 from .tool_markup import chat_markup
 from .tool_use import NO_TOOLS, ToolUse
 
@@ -67,12 +68,12 @@ class AdapterChat:
         text: TextPipeline,
         resolved: ResolvedAdapter,
         tenant: str,
-        limits: ImageLimits = ImageLimits(),  # noqa: B008  frozen value
+        image_sources: ImageSources,
     ) -> None:
         """Raises ApiError (400) for tools or images that the base cannot show or read."""
         self.defaults = defaults_of(resolved)
         self._prompt, self._text, self._tenant = prompt, text, tenant
-        self._limits = limits
+        self._image_sources = image_sources
         self._images: Sequence[ReadImage] = ()
         if prompt.images and text.images is None:
             raise invalid(
@@ -116,14 +117,14 @@ class AdapterChat:
 
     async def read_images(self) -> None:
         """Decode the chat's images, before ``ids`` and ``images_in``. Raises ApiError."""
-        parts, limits = self._prompt.images, self._limits
+        parts, limits = self._prompt.images, self._image_sources.limits
         if not parts:
             return
         try:
             check_count(len(parts), limits)
         except ImageRefused as error:
             raise from_image(error, "messages") from error
-        sources = [part.source for part in parts]
+        sources = await self._image_sources.find(parts)
         images = await self._text.read_images(sources, limits, tenant=self._tenant)
         for image, part in zip(images, parts, strict=False):  # ends with the first refused one
             if isinstance(image, ImageRefused):

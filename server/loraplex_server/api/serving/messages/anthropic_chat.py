@@ -190,6 +190,8 @@ def _image(block: Mapping[str, JsonValue], where: str) -> JsonObject:
             url = f"data:{kind};base64,{data}"
         case {"type": "url", "url": str(url)}:
             pass
+        case {"type": "file", "file_id": str(file_id)}:
+            return {"type": "file", "file": {"file_id": file_id}}
         case _:
             raise invalid(
                 "an image needs a source {'type': 'base64', 'media_type': 'image/png', 'data': …}",

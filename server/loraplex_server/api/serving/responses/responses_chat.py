@@ -132,11 +132,21 @@ def _content(content: JsonValue, where: str) -> JsonValue:
     for number, block in enumerate(blocks):
         at = f"{where}[{number}]"
         if isinstance(block, dict) and block.get("type") == "input_image":
-            url = string_field(block, "image_url", at)
-            parts.append({"type": "image_url", "image_url": {"url": url}})
+            parts.append(_image(block, at))
         else:
             parts.append({"type": "text", "text": _text([block], at)})
     return parts
+
+
+def _image(block: Mapping[str, JsonValue], where: str) -> JsonObject:
+    """Return the part of a chat for an image: a URL, or an upload. Raises ApiError (400)."""
+    named = [name for name in ("image_url", "file_id") if block.get(name) is not None]
+    if len(named) != 1:
+        raise invalid("an input_image needs either an image_url or a file_id", where)
+    value = string_field(block, named[0], where)
+    if named == ["file_id"]:
+        return {"type": "file", "file": {"file_id": value}}
+    return {"type": "image_url", "image_url": {"url": value}}
 
 
 def _call(item: Mapping[str, JsonValue], where: str) -> JsonObject:

@@ -18,6 +18,7 @@ from loraplex_server.adapters.resolving.resolved_adapter import AdapterRequest, 
 from loraplex_server.adapters.resolving.sentence_encoder import EncoderModel, pieces
 from loraplex_server.api.request_info import RequestInfo
 from loraplex_server.api.serving.chat.chat_prompt import AdapterChat, ChatPrompt
+from loraplex_server.api.serving.chat.image_sources import ImageSources
 from loraplex_server.api.serving.text_generation.engine_call import CallContext
 from loraplex_server.api.state import AppState
 from loraplex_server.engine.requests.client import GenerationRequest
@@ -228,8 +229,8 @@ class AdapterVectors(VectorSource):
         )
 
     async def encode_chat(self, chat: ChatPrompt) -> Prompt:
-        limits = self._state.config.http.image_limits
-        shown = AdapterChat(chat, self._state.text, self._resolved, self._info.tenant, limits)
+        sources = ImageSources(self._state, self._info.tenant)
+        shown = AdapterChat(chat, self._state.text, self._resolved, self._info.tenant, sources)
         await shown.read_images()
         ids = await shown.ids()
         return Prompt(ids, images=shown.images_in(ids))

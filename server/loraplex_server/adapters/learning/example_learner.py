@@ -12,8 +12,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,8 +33,7 @@ from .training_thread import TrainingThread
 
 _MAX_TOKENS = 768  # of a prompt with the description and its answer
 _TURN_TOKENS = 1024  # of the pairs as turns
-_DROPOUT = 0.1  # few pairs are learnt by heart without it
-_SHAPE = LoraShape(rank=8, alpha=16.0, dropout=_DROPOUT)  # of a start from nothing
+_SHAPE = LoraShape(rank=8, alpha=16.0)  # of a start from nothing
 _LR, _WARM_UP = 1e-3, 4
 _BATCH = 8  # pairs of a step
 _MOST_HELD_OUT = 8
@@ -180,7 +178,7 @@ class ExampleLearner:
         run = _Run(self._thread, tenant, pairs, budget_s, report)
         starts = {"base": await self._thread.new_adapter(_SHAPE, 0)}
         for start in await asyncio.to_thread(self._starts, request):
-            starts[start.name] = await self._thread.run(tenant, partial(_made, start))
+            starts[start.name] = await self._thread.run(tenant, start.make)
         try:
             adapter, refinement = await run.best(starts)
         except TimeoutError:
@@ -234,13 +232,6 @@ class ExampleLearner:
         given = (datum.weights == 0).nonzero()  # the last answer is what follows them all
         datum.weights[: int(given[-1])] = 0
         return datum
-
-
-def _made(start: Start, engine: TrainingEngine) -> LearningAdapter:
-    """Make the adapter of a start, with dropout. Thread of the engine."""
-    adapter = start.make(engine)
-    adapter.shape = replace(adapter.shape, dropout=_DROPOUT)
-    return adapter
 
 
 class _Run:

@@ -8,7 +8,6 @@ of the machine slows all of them. Prints and writes the median step of each and 
 
 import argparse
 import asyncio
-import itertools
 import json
 import platform
 import statistics
@@ -17,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from loadtests.parts.decode_step import step_ms
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, Family, ModulePlan, RoutingStrategy
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.requests.client import GenerationRequest
-from loraplex_server.engine.requests.events import TokenEvent
 from loraplex_server.engine.requests.sampling_params import SamplingParams
 from loraplex_server.model.loading.pull import resolve_model
 
@@ -66,32 +65,17 @@ def plans(shapes: dict[str, tuple[int, int]]) -> dict[str, AdapterPlan | None]:
     }
 
 
-async def step_ms(engine: Engine, plan: AdapterPlan | None, n_rows: int, n_tokens: int) -> float:
-    """Return the median time between the steps of a batch that decodes together."""
-    loop = asyncio.get_running_loop()
-    stamps: list[float] = []
-    done = [loop.create_future() for _ in range(n_rows)]
-
-    def listen(index: int, event: TokenEvent) -> None:
-        if index == 0 and event.token_ids:
-            stamps.append(time.perf_counter())
-        if event.finish is not None:
-            done[index].set_result(event.error)
-
-    for index in range(n_rows):
-        prompt = tuple(100 + 7 * index + j for j in range(16))
-        request = GenerationRequest(
+def requests(plan: AdapterPlan | None, n_rows: int, n_tokens: int) -> list[GenerationRequest]:
+    """Return greedy requests for ``n_tokens`` tokens each, all through one adapter or none."""
+    return [
+        GenerationRequest(
             f"{time.monotonic_ns()}-{index}",
-            prompt,
+            tuple(100 + 7 * index + j for j in range(16)),
             SamplingParams(max_tokens=n_tokens, temperature=0.0, ignore_eos=True),
             None if plan is None else Lease(plan),
         )
-        engine.submit(request, lambda event, index=index: listen(index, event))
-    for error in await asyncio.gather(*done):
-        if error is not None:
-            raise error
-    gaps = [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
-    return statistics.median(gaps[n_rows // 4 + 4 : -1])  # after every row has joined
+        for index in range(n_rows)
+    ]
 
 
 async def measure(engine: Engine, n_rows: int, n_rounds: int, n_tokens: int) -> dict[str, object]:
@@ -104,11 +88,11 @@ async def measure(engine: Engine, n_rows: int, n_rounds: int, n_tokens: int) -> 
     }
     kinds = plans(shapes)
     for plan in kinds.values():
-        await step_ms(engine, plan, n_rows, 12)  # loads and warms up
+        await step_ms(engine, requests(plan, n_rows, 12))  # loads and warms up
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(n_rounds):
         for kind, plan in kinds.items():
-            times[kind].append(await step_ms(engine, plan, n_rows, n_tokens))
+            times[kind].append(await step_ms(engine, requests(plan, n_rows, n_tokens)))
     medians = {kind: statistics.median(values) for kind, values in times.items()}
     return {
         "rows": n_rows,

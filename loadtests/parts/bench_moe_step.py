@@ -10,7 +10,6 @@ median step of each, the ratios to ``dense``, and the bytes of the MLPs that a s
 
 import argparse
 import asyncio
-import itertools
 import json
 import platform
 import statistics
@@ -21,11 +20,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from loadtests.parts.decode_step import step_ms
 from loraplex_server.engine.build import assemble_engine
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.requests.client import GenerationRequest
-from loraplex_server.engine.requests.events import TokenEvent
 from loraplex_server.engine.requests.sampling_params import SamplingParams
 from loraplex_server.model.base_model import load_base_model
 
@@ -71,42 +70,28 @@ def engines(options: argparse.Namespace, folder: Path) -> dict[str, Engine]:
     return found
 
 
-async def step_ms(engine: Engine, n_rows: int, n_tokens: int) -> float:
-    """Return the median time between the steps of a batch that decodes together."""
-    loop = asyncio.get_running_loop()
-    stamps: list[float] = []
-    done = [loop.create_future() for _ in range(n_rows)]
-
-    def listen(index: int, event: TokenEvent) -> None:
-        if index == 0 and event.token_ids:
-            stamps.append(time.perf_counter())
-        if event.finish is not None:
-            done[index].set_result(event.error)
-
+def requests(n_rows: int, n_tokens: int) -> list[GenerationRequest]:
+    """Return requests with random prompts, which draw ``n_tokens`` tokens each."""
     generator = torch.Generator().manual_seed(1)
-    for index in range(n_rows):
-        prompt = tuple(torch.randint(_VOCABULARY, (16,), generator=generator).tolist())
-        request = GenerationRequest(
+    return [
+        GenerationRequest(
             f"{time.monotonic_ns()}-{index}",
-            prompt,
+            tuple(torch.randint(_VOCABULARY, (16,), generator=generator).tolist()),
             SamplingParams(max_tokens=n_tokens, temperature=1.0, seed=index, ignore_eos=True),
             None,
         )
-        engine.submit(request, lambda event, index=index: listen(index, event))
-    for error in await asyncio.gather(*done):
-        if error is not None:
-            raise error
-    gaps = [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
-    return statistics.median(gaps[n_rows // 4 + 4 : -1])  # after every row has joined
+        for index in range(n_rows)
+    ]
 
 
 async def measure(found: dict[str, Engine], options: argparse.Namespace) -> dict[str, object]:
     for engine in found.values():
-        await step_ms(engine, options.rows, 12)  # warms up
+        await step_ms(engine, requests(options.rows, 12))  # warms up
     times: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(options.rounds):
         for name, engine in found.items():
-            times[name].append(await step_ms(engine, options.rows, options.tokens))
+            batch = requests(options.rows, options.tokens)
+            times[name].append(await step_ms(engine, batch))
     medians = {name: statistics.median(values) for name, values in times.items()}
     expert_bytes = 3 * options.hidden * options.width * 2 * options.layers
     n_chosen = options.experts * (1 - (1 - options.top_k / options.experts) ** options.rows)

@@ -42,7 +42,7 @@ class InputSummary(NamedTuple):
     """The contents of an uploaded file."""
 
     n_lines: int  # without blank lines; 0 for an image
-    # Of a training file: the method that its lines are for. Of an image: its media type.
+    # A training file has the method that its lines are for here, and an image its media type.
     endpoints: tuple[str, ...]
 
 

@@ -56,6 +56,12 @@ def _shape(base: PreTrainedModel, layer: int, leaf: str) -> tuple[str, int, int]
     return block, module.in_features, module.out_features
 
 
+def _activation(base: PreTrainedModel) -> str:
+    """Return the name of the activation that the base's MLP has."""
+    config = base.config
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
 def _config(peft_type: str, targets: Sequence[str], **values: object) -> dict[str, object]:
     return {
         "bias": "none",
@@ -115,6 +121,7 @@ def _mixlora(
                     expert[leaf] = a, b
             forwards[f"model.layers.{layer}.mlp"] = _routed(gate, experts, gates, expert_scale)
         values: dict[str, object] = {
+            "act_fn": _activation(base),
             "routing_strategy": strategy,
             "top_p": _TOP_P,
             "num_experts": n_experts,
@@ -148,7 +155,8 @@ def _routed(
                     y = y + scale * F.linear(F.linear(x, a), b)
                 return y
 
-            act = F.silu(project("gate_proj", hidden, expert)) * project("up_proj", hidden, expert)
+            gated = mlp.act_fn(project("gate_proj", hidden, expert))
+            act = gated * project("up_proj", hidden, expert)
             output += weights[..., number, None] * project("down_proj", act, expert)
         return output
 

@@ -139,8 +139,7 @@ def _served(row: VisionRow, folder: Path) -> _Served:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             models[name] = make_peft(adapter, copy.deepcopy(base), folder / name)
-    if row.has_silu:
-        models["mixlora"] = _save_mixlora(row, base, folder / "mixlora")
+    models["mixlora"] = _save_mixlora(row, base, folder / "mixlora")
     if row.earlier_names:
         models["earlier-names"] = models["all-linear"]
         _rename(folder / "all-linear", folder / "earlier-names", row.earlier_names)
@@ -323,7 +322,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in (
             "",
             *_configs(row),
-            *(["mixlora"] if row.has_silu else []),
+            "mixlora",
             *(["earlier-names"] if row.earlier_names else []),
         )
     ],

@@ -11,7 +11,6 @@ class VisionRow:
     # Parts of names in adapters → what they were with transformers 4.
     earlier_names: tuple[tuple[str, str], ...] = ()
     nightly: bool = False  # a layout that differs little from another one
-    has_silu: bool = True  # the activation of MixLoRA's formula in these tests
     saves_projector: bool = True  # False: its projection is no linear
     refused: str | None = None
     wrong: str | None = None
@@ -32,15 +31,8 @@ VISION_ROWS = (
     VisionRow("llava_next", "language_model", "multi_modal_projector"),
     VisionRow("smolvlm", "text_model", "connector", nightly=True),
     VisionRow("idefics3", "text_model", "connector"),
-    VisionRow(
-        "gemma3",
-        "language_model",
-        "multi_modal_projector",
-        _LLAVA_4,
-        has_silu=False,
-        saves_projector=False,
-    ),
-    VisionRow("paligemma", "language_model", "multi_modal_projector", _LLAVA_4, has_silu=False),
+    VisionRow("gemma3", "language_model", "multi_modal_projector", _LLAVA_4, saves_projector=False),
+    VisionRow("paligemma", "language_model", "multi_modal_projector", _LLAVA_4),
     VisionRow("qwen2_vl", "language_model", "merger", nightly=True),
     VisionRow("qwen2_5_vl", "language_model", "merger", _QWEN_4),
 )

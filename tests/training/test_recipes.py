@@ -193,6 +193,27 @@ def test_lora_pros_step_is_the_nearest_to_that_of_full_fine_tuning() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_kasa_starts_on_the_truncated_base_as_peft_does() -> None:
+    engine, model = _engine(), tiny_llama()
+    options = peft.LoraConfig(
+        r=4, lora_alpha=6, kasa_config=peft.KasaConfig(), target_modules=list(SHAPE.targets)
+    )
+    theirs = peft.get_peft_model(untouched(model), options)
+    plain = engine.new_adapter(SHAPE, 0)  # starts as the base
+    adapters = _recipe(engine, "kasa"), plain
+    own, base = (
+        engine.forward_backward([Work(adapter, _data())], backward=False)[0].logprobs
+        for adapter in adapters
+    )
+    for datum, logprobs, of_base in zip(_data(), own, base, strict=True):
+        with torch.inference_mode():
+            logits = theirs(input_ids=datum.tokens[None]).logits[0].log_softmax(-1)
+        expected = logits.gather(1, datum.targets[:, None])[:, 0] * (datum.weights != 0)
+        assert (logprobs - expected).abs().max() < 1e-4
+        assert (logprobs - of_base).abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_kasas_gradients_are_those_of_peft() -> None:
     engine, model = _engine(), tiny_llama()
     adapter = _recipe(engine, "kasa")

@@ -1,6 +1,6 @@
 """Times loads from disk on the loader's thread, with and without a packed file.
 
-    python loadtests/parts/bench_disk_load.py [--n-adapters 6] [--rounds 5]
+    python -m loadtests.parts.bench_disk_load [--n-adapters 6] [--rounds 5]
 
 Rank-16 adapters on all linears of the default base, one thread, files in the page cache. Prints
 the medians in milliseconds as JSON.

@@ -1,6 +1,6 @@
 """Times a decode step of 16 rows: a MixLoRA, a plain LoRA on all linears, and the base.
 
-    python loadtests/parts/bench_mixlora_step.py [--rows 16] [--out FILE]
+    python -m loadtests.parts.bench_mixlora_step [--rows 16] [--out FILE]
 
 The engine, the default base, rank 16, 8 experts, top-2; kinds take turns, so that a slower minute
 of the machine slows all of them. Prints and writes the median step of each and their ratios.
@@ -78,15 +78,9 @@ def requests(plan: AdapterPlan | None, n_rows: int, n_tokens: int) -> list[Gener
     ]
 
 
-async def measure(engine: Engine, n_rows: int, n_rounds: int, n_tokens: int) -> dict[str, object]:
-    model = engine._runner._model
-    shapes = {
-        name: (width, group.target.in_features)
-        for group in model.groups.values()
-        if group is not model.head
-        for name, width in zip(group.module_names, group.target.out_features, strict=True)
-    }
-    kinds = plans(shapes)
+async def measure(
+    engine: Engine, kinds: dict[str, AdapterPlan | None], n_rows: int, n_rounds: int, n_tokens: int
+) -> dict[str, object]:
     for plan in kinds.values():
         await step_ms(engine, requests(plan, n_rows, 12))  # loads and warms up
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -116,9 +110,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    built = build_engine(EngineConfig(prefix_cache=False), resolve_model())
+    built = build_engine(EngineConfig(prefix_cache=False, drafts="off"), resolve_model())
+    spec = built.base_spec
+    kinds = plans(
+        {
+            name: (linear.out_features, linear.in_features)
+            for name, linear in spec.modules.items()
+            if name != spec.output_head
+        }
+    )
     try:
-        result = asyncio.run(measure(built.engine, options.rows, options.rounds, options.tokens))
+        result = asyncio.run(
+            measure(built.engine, kinds, options.rows, options.rounds, options.tokens)
+        )
     finally:
         built.engine.close()
     text = json.dumps(result, indent=1)

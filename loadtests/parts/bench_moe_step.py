@@ -1,6 +1,6 @@
 """Times a decode step of a mixture of experts beside dense bases, all with random weights.
 
-    python loadtests/parts/bench_moe_step.py [--rows 16] [--experts 16] [--top-k 4] [--out FILE]
+    python -m loadtests.parts.bench_moe_step [--rows 16] [--experts 16] [--top-k 4] [--out FILE]
 
 ``dense`` has an MLP as wide as the experts that one token chooses, so it has the same active
 parameters. ``dense of all`` has an MLP as wide as all experts, so a step reads as many bytes as a

@@ -1,6 +1,6 @@
 """Times a long conversation after a restart, with `--prefix-cache-dir` and without.
 
-    python loadtests/parts/bench_restart.py [--n-tokens 4000] [--rounds 3]
+    python -m loadtests.parts.bench_restart [--n-tokens 4000] [--rounds 3]
 
 The default base. Each round starts a server with the files of the round before, while four streams
 decode: seconds to the first token, and the longest gap of the streams meanwhile.

@@ -51,7 +51,7 @@ def test_every_row_gets_what_it_gets_without_graphs(
                 wanted
             )
         # Each prompt is computed in pieces, each further token in one: all steps are replayed.
-        assert engine.stats().n_steps > 24
+        assert engine.stats().n_steps >= 24
         assert replays(capture, n_pieces) == engine.stats().n_steps
 
 

@@ -86,8 +86,8 @@ async def generate(
     The plan comes as a store would keep it, checked and packed, unless ``prepared`` is False.
     """
     queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
-    if plan is not None and prepared and isinstance(engine, Engine):
-        plan = engine.packer.prepare(plan)
+    if prepared:
+        plan = _as_stored(engine, plan)
     lease = None if plan is None else PlanLease(plan)
     request = GenerationRequest(request_id, tuple(prompt), sampling, lease, salt)
     engine.submit(request, queue.put_nowait)
@@ -100,6 +100,13 @@ async def generate(
             return answer
 
 
+def _as_stored(engine: EngineClient, plan: AdapterPlan | None) -> AdapterPlan | None:
+    """Return the plan as a store would keep it, checked and packed."""
+    if plan is None or not isinstance(engine, Engine):
+        return plan
+    return engine.packer.prepare(plan)
+
+
 def generate_all(
     engine: EngineClient,
     prompts: Sequence[Sequence[int]],
@@ -108,7 +115,13 @@ def generate_all(
     *,
     prepared: bool = True,
 ) -> list[Answer]:
-    """Generate for all prompts at once, so that they share steps."""
+    """Generate for all prompts at once, so that they share steps.
+
+    All plans are packed first: on a busy machine, an early request would end meanwhile.
+    """
+    given = [None] * len(prompts) if plans is None else list(plans)
+    if prepared:
+        given = [_as_stored(engine, plan) for plan in given]
 
     async def run() -> list[Answer]:
         return await asyncio.gather(
@@ -118,8 +131,8 @@ def generate_all(
                     prompt,
                     sampling,
                     request_id=f"r{index}",
-                    plan=None if plans is None else plans[index],
-                    prepared=prepared,
+                    plan=given[index],
+                    prepared=False,
                 )
                 for index, prompt in enumerate(prompts)
             )

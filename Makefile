@@ -121,8 +121,9 @@ gpu-sanitize: venv  # the same under compute-sanitizer: out-of-bounds, races, un
 clients: venv $(CLIENTS)/.installed  # real clients against a real server; writes docs/clients.md
 	$(BIN)/python -m tests.clients $(CLIENTS) $(ONLY)
 
+CLIENT_GROUPS := openai-3 openai-2 huggingface lorax sglang open-webui trl
 $(CLIENTS)/.installed: pyproject.toml
-	for group in clients-openai-3 clients-openai-2 clients-open-webui clients-trl; do \
+	for group in $(addprefix clients-,$(CLIENT_GROUPS)); do \
 		$(PYTHON) -m venv $(CLIENTS)/$$group && \
 		$(CLIENTS)/$$group/bin/python -m pip install --quiet --upgrade pip && \
 		$(CLIENTS)/$$group/bin/python -m pip install --quiet --group $$group || exit 1; \

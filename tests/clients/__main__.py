@@ -6,19 +6,32 @@ The clients run in Pythons of their own, so that what they bring along never mee
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from loraplex_server.model.loading.pull import DEFAULT_BASE, DEFAULT_ENCODER, pull
 from tests.clients.table import write_table
-from tests.support.servers.server_process import server_process
+from tests.support.servers.server_process import ServerProcess, server_process
 
 _CLIENTS = {  # of each dependency group in pyproject.toml
-    "clients-openai-3": ("openai", "anthropic", "langchain", "litellm", "llm", "pydantic_ai"),
+    "clients-openai-3": (
+        "openai",
+        "vllm_lora",
+        "anthropic",
+        "langchain",
+        "litellm",
+        "llm",
+        "pydantic_ai",
+    ),
     "clients-openai-2": ("openai", "llama_index"),
+    "clients-huggingface": ("huggingface_hub",),
+    "clients-lorax": ("lorax",),
+    "clients-sglang": ("sglang",),
     "clients-open-webui": ("open_webui",),
     "clients-trl": ("trl",),
 }
@@ -26,6 +39,8 @@ _FLAGS = (
     *("--demos", "--dtype", "bfloat16"),
     *("--kv-memory", "256MiB", "--adapter-memory", "128MiB"),
 )
+_DEMOS = Path("adapter_store/loraplex_adapter_store/demos")
+_TO_LOAD = "another-pirate"  # a folder that clients may load under names of their own
 _PAGE = Path("docs/clients.md")
 _AT_ONCE = 5
 _TEST_S = 1800  # other work may hold the machine
@@ -43,7 +58,7 @@ def main(environments: Path, arguments: list[str]) -> int:
     missing = [f"{client} ({group})" for group, clients in _CLIENTS.items() for client in clients]
     with (
         tempfile.TemporaryDirectory(prefix="loraplex-clients-") as folder,
-        server_process(base, Path(folder) / "state", *_FLAGS) as server,
+        _served(base, Path(folder)) as server,
         ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
         print(f"the server is at {server.url}", flush=True)
@@ -57,6 +72,7 @@ def main(environments: Path, arguments: list[str]) -> int:
                 {
                     "LORAPLEX_CLIENTS_URL": server.url,
                     "LORAPLEX_CLIENTS_BASE": str(base),
+                    "LORAPLEX_CLIENTS_ADAPTER": str(Path(folder) / "adapters" / _TO_LOAD),
                     "LORAPLEX_CLIENTS_RESULTS": str(results),
                 },
             ): f"{client} ({group})"
@@ -76,6 +92,12 @@ def main(environments: Path, arguments: list[str]) -> int:
                 write_table(_PAGE, results, missing)
         print(server.log if any(statuses) else "", end="")
     return max(statuses)
+
+
+def _served(base: Path, folder: Path) -> AbstractContextManager[ServerProcess]:
+    shutil.copytree(_DEMOS / "pirate", folder / "adapters" / _TO_LOAD)
+    flags = (*_FLAGS, "--adapters-dir", folder / "adapters")
+    return server_process(base, folder / "state", *flags)
 
 
 def _run(

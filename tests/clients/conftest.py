@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,19 +33,37 @@ def ask(url: str) -> Callable[[str, str], str]:
 
     def post(model: str, text: str) -> str:
         messages = [{"role": "user", "content": text}]
-        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 40}
-        request = urllib.request.Request(
-            f"{url}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=600) as response:
-            content = json.load(response)["choices"][0]["message"]["content"]
+        answer = _post(f"{url}/v1/chat/completions", {"model": model, "messages": messages})
+        content = answer["choices"][0]["message"]["content"]
         assert isinstance(content, str)
         assert content
         return content
 
     return post
+
+
+@pytest.fixture(scope="session")
+def complete(url: str) -> Callable[[str, str], str]:
+    """The greedy completion of ``complete(model, prompt)``, 40 tokens, without any client."""
+
+    def post(model: str, prompt: str) -> str:
+        answer = _post(f"{url}/v1/completions", {"model": model, "prompt": prompt})
+        text = answer["choices"][0]["text"]
+        assert isinstance(text, str)
+        assert text
+        return text
+
+    return post
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        url,
+        json.dumps({**body, "temperature": 0, "max_tokens": 40}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=600) as response:
+        return json.load(response)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from loadtests.parts.decode_step import step_ms
+from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, Family, ModulePlan, RoutingStrategy
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.config import EngineConfig
@@ -34,14 +35,15 @@ class Lease:
         self.plan, self.digest = plan, plan.digest
 
 
-def plans(shapes: dict[str, tuple[int, int]]) -> dict[str, AdapterPlan | None]:
-    """Return the plans by kind. ``shapes``: (out, in) by linear, without the head."""
+def plans(spec: BaseSpec) -> dict[str, AdapterPlan | None]:
+    """Return the plans by kind. None adapts the output head."""
+    shapes = {name: shape for name, shape in spec.modules.items() if name != spec.output_head}
     g = torch.Generator().manual_seed(0)
 
     def factors(name: str) -> ModulePlan:
-        out, width = shapes[name]
-        b = torch.randn(out, RANK, generator=g) * 1e-3
-        return ModulePlan(a=torch.randn(RANK, width, generator=g) * 1e-2, b=b)
+        b = torch.randn(shapes[name].out_features, RANK, generator=g) * 1e-3
+        a = torch.randn(RANK, shapes[name].in_features, generator=g) * 1e-2
+        return ModulePlan(a=a, b=b)
 
     blocks: dict[str, list[str]] = {}
     for name in shapes:
@@ -49,7 +51,7 @@ def plans(shapes: dict[str, tuple[int, int]]) -> dict[str, AdapterPlan | None]:
             blocks.setdefault(name.rpartition(".")[0], []).append(name)
     experts = {
         block: ExpertPlan(
-            gate=torch.randn(N_EXPERTS, shapes[f"{block}.gate_proj"][1], generator=g),
+            gate=torch.randn(N_EXPERTS, shapes[f"{block}.gate_proj"].in_features, generator=g),
             strategy=RoutingStrategy.TOP_K,
             top_k=TOP_K,
             top_p=0.0,
@@ -111,17 +113,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     built = build_engine(EngineConfig(prefix_cache=False, drafts="off"), resolve_model())
-    spec = built.base_spec
-    kinds = plans(
-        {
-            name: (linear.out_features, linear.in_features)
-            for name, linear in spec.modules.items()
-            if name != spec.output_head
-        }
-    )
     try:
         result = asyncio.run(
-            measure(built.engine, kinds, options.rows, options.rounds, options.tokens)
+            measure(
+                built.engine, plans(built.base_spec), options.rows, options.rounds, options.tokens
+            )
         )
     finally:
         built.engine.close()

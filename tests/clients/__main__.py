@@ -6,17 +6,15 @@ The clients run in Pythons of their own, so that what they bring along never mee
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from loraplex_server.model.loading.pull import DEFAULT_BASE, DEFAULT_ENCODER, pull
 from tests.clients.table import write_table
-from tests.support.servers.server_process import ServerProcess, server_process
+from tests.support.servers.server_process import server_process
 
 _CLIENTS = {  # of each dependency group in pyproject.toml
     "clients-openai-3": (
@@ -35,12 +33,12 @@ _CLIENTS = {  # of each dependency group in pyproject.toml
     "clients-open-webui": ("open_webui",),
     "clients-trl": ("trl",),
 }
+_DEMOS = Path("adapter_store/loraplex_adapter_store/demos").resolve()
 _FLAGS = (
-    *("--demos", "--dtype", "bfloat16"),
+    *("--adapters-dir", _DEMOS),  # clients may load from it, too
+    *("--dtype", "bfloat16"),
     *("--kv-memory", "256MiB", "--adapter-memory", "128MiB"),
 )
-_DEMOS = Path("adapter_store/loraplex_adapter_store/demos")
-_TO_LOAD = "another-pirate"  # a folder that clients may load under names of their own
 _PAGE = Path("docs/clients.md")
 _AT_ONCE = 5
 _TEST_S = 1800  # other work may hold the machine
@@ -58,7 +56,7 @@ def main(environments: Path, arguments: list[str]) -> int:
     missing = [f"{client} ({group})" for group, clients in _CLIENTS.items() for client in clients]
     with (
         tempfile.TemporaryDirectory(prefix="loraplex-clients-") as folder,
-        _served(base, Path(folder)) as server,
+        server_process(base, Path(folder) / "state", *_FLAGS) as server,
         ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
         print(f"the server is at {server.url}", flush=True)
@@ -72,7 +70,7 @@ def main(environments: Path, arguments: list[str]) -> int:
                 {
                     "LORAPLEX_CLIENTS_URL": server.url,
                     "LORAPLEX_CLIENTS_BASE": str(base),
-                    "LORAPLEX_CLIENTS_ADAPTER": str(Path(folder) / "adapters" / _TO_LOAD),
+                    "LORAPLEX_CLIENTS_ADAPTER": str(_DEMOS / "pirate"),
                     "LORAPLEX_CLIENTS_RESULTS": str(results),
                 },
             ): f"{client} ({group})"
@@ -92,12 +90,6 @@ def main(environments: Path, arguments: list[str]) -> int:
                 write_table(_PAGE, results, missing)
         print(server.log if any(statuses) else "", end="")
     return max(statuses)
-
-
-def _served(base: Path, folder: Path) -> AbstractContextManager[ServerProcess]:
-    shutil.copytree(_DEMOS / "pirate", folder / "adapters" / _TO_LOAD)
-    flags = (*_FLAGS, "--adapters-dir", folder / "adapters")
-    return server_process(base, folder / "state", *flags)
 
 
 def _run(

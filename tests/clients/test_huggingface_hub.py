@@ -8,11 +8,10 @@ import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
+from tests.clients.prompts import HELLO
 from tests.clients.trip import PLAN, Trip
 
 CLIENT = "huggingface_hub"
-
-_PROMPT = "<|im_start|>user\nHello, who are you?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture
@@ -25,18 +24,18 @@ def test_generate(
     client: InferenceClient, complete: Callable[[str, str], str], adapter: str
 ) -> None:
     """`text_generation(adapter_id=…)`, whole and streamed"""
-    text = complete(adapter, _PROMPT)
-    assert client.text_generation(_PROMPT, adapter_id=adapter, max_new_tokens=40) == text
-    pieces = client.text_generation(_PROMPT, adapter_id=adapter, max_new_tokens=40, stream=True)
+    text = complete(adapter, HELLO)
+    assert client.text_generation(HELLO, adapter_id=adapter, max_new_tokens=40) == text
+    pieces = client.text_generation(HELLO, adapter_id=adapter, max_new_tokens=40, stream=True)
     assert "".join(pieces) == text
 
 
 def test_details(client: InferenceClient, complete: Callable[[str, str], str]) -> None:
     """`text_generation(details=True)`: tokens, their number, why it ended"""
     answer = client.text_generation(
-        _PROMPT, adapter_id="pirate", max_new_tokens=40, details=True, decoder_input_details=False
+        HELLO, adapter_id="pirate", max_new_tokens=40, details=True, decoder_input_details=False
     )
-    assert answer.generated_text == complete("pirate", _PROMPT)
+    assert answer.generated_text == complete("pirate", HELLO)
     assert answer.details.generated_tokens == len(answer.details.tokens) > 1
     assert answer.details.finish_reason in {"eos_token", "length"}
 
@@ -49,12 +48,12 @@ def test_async(url: str, complete: Callable[[str, str], str]) -> None:
         async with AsyncInferenceClient(model=url, timeout=600) as client:
             return await asyncio.gather(
                 *(
-                    client.text_generation(_PROMPT, adapter_id=name, max_new_tokens=40)
+                    client.text_generation(HELLO, adapter_id=name, max_new_tokens=40)
                     for name in adapters
                 )
             )
 
-    assert asyncio.run(all_of_them()) == [complete(name, _PROMPT) for name in adapters]
+    assert asyncio.run(all_of_them()) == [complete(name, HELLO) for name in adapters]
 
 
 def test_grammar(client: InferenceClient) -> None:
@@ -76,4 +75,4 @@ def test_chat(url: str, ask: Callable[[str, str], str]) -> None:
 def test_unknown_adapter(client: InferenceClient) -> None:
     """an adapter that is not there: an error that names it"""
     with pytest.raises(HfHubHTTPError, match="nobody"):
-        client.text_generation(_PROMPT, adapter_id="nobody")
+        client.text_generation(HELLO, adapter_id="nobody")

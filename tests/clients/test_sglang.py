@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import requests
 
+from tests.clients.prompts import HELLO
+
 CLIENT = "requests"
 
-_PROMPT = "<|im_start|>user\nHello, who are you?<|im_end|>\n<|im_start|>assistant\n"
 _GREEDY = {"max_new_tokens": 40, "temperature": 0}
 
 
@@ -25,7 +26,7 @@ def _post(url: str, path: str, **body: Any) -> Any:
 
 def test_lora_path_of_each(url: str, complete: Callable[[str, str], str]) -> None:
     """SGLang's `/generate`: a list of prompts, a `lora_path` for each, None for the base"""
-    prompts = [_PROMPT, _PROMPT, "List 3 countries and their capitals."]
+    prompts = [HELLO, HELLO, "List 3 countries and their capitals."]
     paths = ["pirate", "sentiment", None]
     body = {"text": prompts, "sampling_params": _GREEDY, "lora_path": paths}
     answers = _post(url, "/generate", **body)
@@ -40,8 +41,8 @@ def test_load_and_unload(url: str, complete: Callable[[str, str], str]) -> None:
     loaded = _post(url, "/load_lora_adapter", lora_name="lora0", lora_path=path)
     assert loaded["success"]
     assert loaded["loaded_adapters"] == {"lora0": path}
-    asked = {"text": _PROMPT, "sampling_params": _GREEDY, "lora_path": "lora0"}
-    assert _post(url, "/generate", **asked)["text"] == complete("pirate", _PROMPT)
+    asked = {"text": HELLO, "sampling_params": _GREEDY, "lora_path": "lora0"}
+    assert _post(url, "/generate", **asked)["text"] == complete("pirate", HELLO)
     assert _post(url, "/unload_lora_adapter", lora_name="lora0")["success"]
     gone = requests.post(f"{url}/generate", json=asked, timeout=600)
     assert gone.status_code == 404
@@ -50,7 +51,7 @@ def test_load_and_unload(url: str, complete: Callable[[str, str], str]) -> None:
 
 def test_stream(url: str, complete: Callable[[str, str], str]) -> None:
     """SGLang's `/generate` streamed: each event has the text so far"""
-    body = {"text": _PROMPT, "sampling_params": _GREEDY, "lora_path": "pirate", "stream": True}
+    body = {"text": HELLO, "sampling_params": _GREEDY, "lora_path": "pirate", "stream": True}
     text = ""
     with requests.post(f"{url}/generate", json=body, stream=True, timeout=600) as answer:
         for line in answer.iter_lines(decode_unicode=False):  # as the documentation reads them
@@ -63,7 +64,7 @@ def test_stream(url: str, complete: Callable[[str, str], str]) -> None:
                 text = data["text"]
         else:
             pytest.fail("the stream had no [DONE]")
-    assert text == complete("pirate", _PROMPT)
+    assert text == complete("pirate", HELLO)
 
 
 def test_json_schema(url: str) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from openai import NotFoundError, OpenAI
 
-CLIENT = "openai"
+from tests.clients.prompts import HELLO
 
-_PROMPT = "<|im_start|>user\nHello, who are you?<|im_end|>\n<|im_start|>assistant\n"
+CLIENT = "openai"
 
 
 @pytest.fixture
@@ -30,10 +30,8 @@ def test_completions(client: OpenAI, complete: Callable[[str, str], str]) -> Non
     """vLLM's LoRA example: `completions.create(model=…)` with the base and adapters"""
     base = next(iter(client.models.list())).id
     for model in (base, "pirate", "sql"):
-        answer = client.completions.create(
-            model=model, prompt=_PROMPT, max_tokens=40, temperature=0
-        )
-        assert answer.choices[0].text == complete(model, _PROMPT)
+        answer = client.completions.create(model=model, prompt=HELLO, max_tokens=40, temperature=0)
+        assert answer.choices[0].text == complete(model, HELLO)
 
 
 def test_load_and_unload(client: OpenAI, url: str, complete: Callable[[str, str], str]) -> None:
@@ -41,12 +39,12 @@ def test_load_and_unload(client: OpenAI, url: str, complete: Callable[[str, str]
     path = os.environ["LORAPLEX_CLIENTS_ADAPTER"]
     _post(url, "load_lora_adapter", {"lora_name": "sql_adapter", "lora_path": path})
     answer = client.completions.create(
-        model="sql_adapter", prompt=_PROMPT, max_tokens=40, temperature=0
+        model="sql_adapter", prompt=HELLO, max_tokens=40, temperature=0
     )
-    assert answer.choices[0].text == complete("pirate", _PROMPT)
+    assert answer.choices[0].text == complete("pirate", HELLO)
     _post(url, "unload_lora_adapter", {"lora_name": "sql_adapter"})
     with pytest.raises(NotFoundError, match="sql_adapter"):
-        client.completions.create(model="sql_adapter", prompt=_PROMPT)
+        client.completions.create(model="sql_adapter", prompt=HELLO)
 
 
 def _post(url: str, route: str, body: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from peft.tuners.lora.config import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.lora.variants import _kasa_layer_regularization_loss
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from loraplex_training import config
 from loraplex_training.config import ShapeError
@@ -195,10 +196,7 @@ def test_lora_pros_step_is_the_nearest_to_that_of_full_fine_tuning() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_kasa_starts_on_the_truncated_base_as_peft_does() -> None:
     engine, model = _engine(), tiny_llama()
-    options = peft.LoraConfig(
-        r=4, lora_alpha=6, kasa_config=peft.KasaConfig(), target_modules=list(SHAPE.targets)
-    )
-    theirs = peft.get_peft_model(untouched(model), options)
+    theirs = _peft_kasa(model)
     plain = engine.new_adapter(SHAPE, 0)  # starts as the base
     adapters = _recipe(engine, "kasa"), plain
     own, base = (
@@ -217,10 +215,7 @@ def test_kasa_starts_on_the_truncated_base_as_peft_does() -> None:
 def test_kasas_gradients_are_those_of_peft() -> None:
     engine, model = _engine(), tiny_llama()
     adapter = _recipe(engine, "kasa")
-    options = peft.LoraConfig(
-        r=4, lora_alpha=6, kasa_config=peft.KasaConfig(), target_modules=list(SHAPE.targets)
-    )
-    theirs = peft.get_peft_model(untouched(model), options)
+    theirs = _peft_kasa(model)
     torch.manual_seed(2)
     for name, part in adapter.parts.items():
         module = theirs.get_submodule(f"base_model.model.{name}")
@@ -246,6 +241,13 @@ def test_kasas_gradients_are_those_of_peft() -> None:
             (part["diag"], module.lora_diag["default"]),
         ):
             assert torch.allclose(own.grad, their.grad, rtol=1e-3, atol=1e-6), name
+
+
+def _peft_kasa(model: PreTrainedModel) -> peft.PeftModel:
+    options = peft.LoraConfig(
+        r=4, lora_alpha=6, kasa_config=peft.KasaConfig(), target_modules=list(SHAPE.targets)
+    )
+    return peft.get_peft_model(untouched(model), options)
 
 
 def _kasa_penalty(model: peft.PeftModel) -> None:

@@ -38,7 +38,7 @@ def _tokens(answers: list[Answer]) -> list[list[int]]:
 def test_every_row_gets_what_it_gets_without_graphs(
     temperature: float, model: PreTrainedModel
 ) -> None:
-    sampling = SamplingParams(max_tokens=12, temperature=temperature, seed=5)
+    sampling = SamplingParams(max_tokens=13, temperature=temperature, seed=5)
     with running_engine(model, max_batch_size=11) as engine:
         wanted = generate_all(engine, PROMPTS, sampling, _plans(model))
     capture = Rerun()
@@ -51,7 +51,7 @@ def test_every_row_gets_what_it_gets_without_graphs(
                 wanted
             )
         # Each prompt is computed in pieces, each further token in one: all steps are replayed.
-        assert engine.stats().n_steps >= 24
+        assert engine.stats().n_steps > 24
         assert replays(capture, n_pieces) == engine.stats().n_steps
 
 

@@ -119,9 +119,9 @@ def generate_all(
 
     All plans are packed first: on a busy machine, an early request would end meanwhile.
     """
-    given = [None] * len(prompts) if plans is None else list(plans)
+    packed = [None] * len(prompts) if plans is None else list(plans)
     if prepared:
-        given = [_as_stored(engine, plan) for plan in given]
+        packed = [_as_stored(engine, plan) for plan in packed]
 
     async def run() -> list[Answer]:
         return await asyncio.gather(
@@ -131,7 +131,7 @@ def generate_all(
                     prompt,
                     sampling,
                     request_id=f"r{index}",
-                    plan=given[index],
+                    plan=packed[index],
                     prepared=False,
                 )
                 for index, prompt in enumerate(prompts)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cache
 
-from .formats import FORMATS
 from .words import part_of, pool, pool_part
 
 Drawn = tuple[str, str]  # input, bare answer
@@ -18,27 +17,15 @@ Drawn = tuple[str, str]  # input, bare answer
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation of a family. `{language}` in a wording is filled by the task.
+    """An operation. The task fills in `{language}` in a wording.
 
     `draw` takes a seeded generator, the split whose content words it may use, and the language
     code ("" for operations without one).
     """
 
-    family: str
     draw: Callable[[random.Random, str, str], Drawn]
     wordings: tuple[str, ...]  # for training
     test_wordings: tuple[str, ...]  # never seen in training
-    series: str = ""  # operations that differ in one number share it
-    place: int = 0  # that number
-    languages: tuple[str, ...] = ("",)  # those it is asked in; ("",): none
-    formats: tuple[str, ...] = tuple(FORMATS)  # dressings that make sense
-
-
-def owned(rng: random.Random, split: str, text: Callable[[random.Random], str]) -> str:
-    """Drawn again until the whole text belongs to `split`: for inputs without content words."""
-    while part_of(drawn := text(rng)) != split:
-        pass
-    return drawn
 
 
 def draw_number(rng: random.Random, split: str, low: int, high: int) -> int:
@@ -56,7 +43,7 @@ def draw_day(rng: random.Random, split: str) -> date:
 
 
 def draw_name(rng: random.Random, split: str) -> tuple[str, str]:
-    """(first, last). Needs the extra `zoo`."""
+    """(first, last). Needs the extra `research`."""
     return rng.choice(_names("first", split)), rng.choice(_names("last", split))
 
 

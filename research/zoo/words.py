@@ -13,7 +13,7 @@ _TRAIN_BELOW, _VALIDATION_BELOW = 150, 200  # of 256
 
 @cache
 def pool(name: str) -> tuple[str, ...]:
-    """The words of `nouns`, `verbs`, `foods` or `cities`."""
+    """The words of `nouns`, `foods` or `cities`."""
     lines = json.loads(files(__package__).joinpath("words.json").read_text())[name]
     return tuple(" ".join(lines).split())
 

@@ -217,6 +217,7 @@ def _run(
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(main())
     services.pools.close()
+    _log.info("stopped")
 
 
 def _on_signal(going_down: asyncio.Event) -> None:

@@ -156,6 +156,7 @@ def test_ctrl_c_ends_what_outlives_the_drain_timeout_with_an_error_event(
         assert server.wait() == 0
         assert "Traceback" not in server.log
         assert "leaked" not in server.log  # by nanobind, of what no collection has seen
+        assert server.log.splitlines()[-1].endswith("stopped")
 
 
 def test_a_second_signal_stops_at_once(model: Path, tmp_path: Path) -> None:

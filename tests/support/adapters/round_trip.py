@@ -1,8 +1,6 @@
 """The round trip of a family: train at random, save, read and serve."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
@@ -13,8 +11,6 @@ from loraplex_adapter_store.fold.reader import Reading
 from loraplex_adapter_store.plan import AdapterPlan
 from tests.support.adapters.plan_executor import plan_logits
 from tests.support.bases.tiny_models import PROMPT, read_path, untouched
-
-Forward = Callable[[nn.Module, Tensor], Tensor]  # (the base module, its input) → output
 
 TOLERANCE = 1e-4
 
@@ -58,14 +54,3 @@ def check_logits(model: PreTrainedModel, plan: AdapterPlan, expected: Tensor) ->
         base = model(input_ids=PROMPT).logits
     assert (expected - base).abs().max() > 1e-2, "the adapter must matter for the test to mean much"
     assert (served - expected).abs().max() <= TOLERANCE
-
-
-def patched_logits(model: PreTrainedModel, forwards: Mapping[str, Forward]) -> Tensor:
-    """Return logits of a copy whose named modules compute the training-time formula."""
-    copy = untouched(model)
-    modules: dict[str, Any] = dict(copy.named_modules())
-    for name, forward in forwards.items():
-        module = modules[name]
-        module.forward = lambda x, module=module, forward=forward: forward(module, x)
-    with torch.inference_mode():
-        return copy(input_ids=PROMPT).logits

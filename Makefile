@@ -6,7 +6,10 @@ STAMP  := $(VENV)/.installed
 
 CLIENTS := .venv-clients
 
-.PHONY: beside serve cluster test test-cluster test-nightly research-tests test-fast check ci lint types bandit sbom unit unit-all interpreter fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check images clean venv console docs wheel
+.PHONY: help beside serve cluster test test-cluster test-nightly research-tests test-fast check ci lint types bandit sbom unit unit-all interpreter fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check images clean venv console docs wheel
+
+help:  # what each target does
+	@sed -n 's/^\([a-z-]*\):[^#]*# *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 venv: $(STAMP)
 
@@ -17,7 +20,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard kernels/loraplex_kernels/cpu/csrc/*
 	$(BIN)/python -m pip install --quiet --editable ".[dev,load,research]"
 	@touch $@
 
-serve: venv
+serve: venv  # a server of the default base on port 8000
 	$(BIN)/loraplex pull
 	$(BIN)/loraplex serve --port 8000
 
@@ -26,23 +29,24 @@ cluster: venv  # two engine replicas behind two gateways on this machine; Ctrl-C
 	$(BIN)/loraplex pull
 	$(BIN)/loraplex cluster up deploy/cluster.yaml
 
-test: check  # what to run before a commit is pushed: all but the tests marked slow or nightly
+test: check  # before a push: all but Triton's interpreter and tests marked slow or nightly
 
 check: lint
 	$(MAKE) --jobs 2 unit beside
 
-ci: lint  # what .ci/run does
-	$(MAKE) --jobs 2 unit-all beside
+ci: lint  # what .ci/run does: make test, make interpreter and the slow tests
+	$(MAKE) --jobs 2 unit-all beside BESIDE="types bandit interpreter"
 
 # Checks of one core each, one after the other, in the time that tests leave over while they wait.
+BESIDE := types bandit
 beside: venv
-	nice -n 5 $(MAKE) --output-sync=target types bandit interpreter
+	nice -n 5 $(MAKE) --output-sync=target $(BESIDE)
 
-lint: venv
+lint: venv  # ruff
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-types: venv
+types: venv  # mypy
 	$(BIN)/mypy
 
 SHIPPED := setup.py server/loraplex_server kernels/loraplex_kernels adapter_store/loraplex_adapter_store \
@@ -56,11 +60,11 @@ sbom: venv  # what a plain install brings along, as CycloneDX, into sbom.json
 	build/sbom/bin/python -m pip install --quiet .
 	$(BIN)/cyclonedx-py environment --output-format JSON --output-file sbom.json build/sbom/bin/python
 
-unit: venv
+unit: venv  # the tests of make test
 	$(BIN)/loraplex pull --quiet
 	$(TESTS) -m "not gpu and not interpreter and not cluster and not slow and not nightly" $(CLUSTERLESS)
 
-interpreter: venv  # kernels in Triton's interpreter, and compiled for GPUs that are not here
+interpreter: venv  # Triton's kernels in its interpreter, and compiled for GPUs; two minutes
 	$(PYTEST) --timeout 1500 -m "interpreter and not nightly" tests/kernels/triton
 
 test-cluster: venv  # real clusters on this machine; some minutes
@@ -74,7 +78,7 @@ research-tests: venv  # the zoo, trainings on tiny bases, demo data, the fleet s
 	$(BIN)/loraplex pull --quiet
 	$(TESTS) -m nightly research/tests
 
-unit-all: venv
+unit-all: venv  # the tests of make ci
 	$(BIN)/loraplex pull --quiet
 	$(TESTS) -m "not gpu and not interpreter and not cluster and not nightly" $(CLUSTERLESS)
 
@@ -133,13 +137,13 @@ $(CLIENTS)/.installed: pyproject.toml
 gpu-report: venv  # all that a GPU can tell, into gpu-report/report.html and report.json; stop it whenever
 	$(BIN)/python -m loadtests.gpu_report $(REPORT)
 
-bench-gpu: venv
+bench-gpu: venv  # measures the kernels on a GPU
 	$(BIN)/python -m kernels.benchmarks.bench_gpu
 
-bench: venv
+bench: venv  # measures the kernels on this CPU
 	$(BIN)/python -m kernels.benchmarks.bench_cpu
 
-load: venv
+load: venv  # measures a server under mixed load
 	$(BIN)/loraplex bench mixed
 
 docker-check: venv  # lints the Dockerfiles and replays the CPU image's steps in a clean venv
@@ -155,7 +159,7 @@ images:  # builds both images; their digests go into dist/images.txt
 	printf 'loraplex %s\nloraplex:cuda %s\n' "$$(cat $(IMAGES)/cpu.id)" "$$(cat $(IMAGES)/cuda.id)" > $(IMAGES)/images.txt
 	rm $(IMAGES)/cpu.id $(IMAGES)/cuda.id
 
-native: venv
+native: venv  # builds the C++ library again
 	$(BIN)/python setup.py -q build_ext --inplace
 
 kernels-report: venv  # compiles every GPU kernel: registers, shared memory, spills, faults

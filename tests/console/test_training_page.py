@@ -86,7 +86,12 @@ def test_losses_are_drawn_and_the_adapter_answers_beside_the_base(
 
 
 @pytest.mark.parametrize(
-    ("kind", "field"), [("mixlora", "family"), ("prefix", "family"), ("sora", "recipe")]
+    ("kind", "field"),
+    [
+        pytest.param("mixlora", "family", marks=pytest.mark.nightly),
+        ("prefix", "family"),
+        ("sora", "recipe"),
+    ],
 )
 def test_another_kind_of_adapter_is_trained(
     page: Page, training: ServerProcess, data: Path, kind: str, field: str

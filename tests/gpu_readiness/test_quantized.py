@@ -34,7 +34,9 @@ def step_of(
 
 
 @pytest.mark.parametrize("format", list(WeightFormat))
-@pytest.mark.parametrize("mixture", ["base", "lora and base"])
+@pytest.mark.parametrize(
+    "mixture", [pytest.param("base", marks=pytest.mark.nightly), "lora and base"]
+)
 def test_a_layer_has_the_launches_of_a_16_bit_base(
     mixture: str, format: WeightFormat, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,8 +51,17 @@ def test_a_layer_has_the_launches_of_a_16_bit_base(
     assert quantised - plain == Counter()
 
 
-@pytest.mark.parametrize("format", list(WeightFormat))
-@pytest.mark.parametrize("mixture", ["lora and base", "all routed"])
+@pytest.mark.parametrize(
+    ("mixture", "format"),
+    [
+        ("all routed", WeightFormat.INT4),
+        ("lora and base", WeightFormat.INT8),
+        ("lora and base", WeightFormat.FP8),
+        pytest.param("lora and base", WeightFormat.INT4, marks=pytest.mark.nightly),
+        pytest.param("all routed", WeightFormat.INT8, marks=pytest.mark.nightly),
+        pytest.param("all routed", WeightFormat.FP8, marks=pytest.mark.nightly),
+    ],
+)
 def test_no_step_mixes_devices_or_waits(
     mixture: str, format: WeightFormat, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

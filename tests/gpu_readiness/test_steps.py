@@ -289,14 +289,22 @@ def test_adapters_are_loaded_and_published_without_waiting(
 
 
 @pytest.mark.parametrize(
-    "split",
-    [64, pytest.param(512, marks=[pytest.mark.nightly, pytest.mark.slow])],
-    ids=["long contexts", "short contexts"],
+    ("split", "each_pair"),
+    [
+        (64, False),
+        pytest.param(64, True, marks=pytest.mark.nightly),
+        pytest.param(512, True, marks=pytest.mark.nightly),
+    ],
+    ids=["long contexts", "long contexts, each pair", "short contexts, each pair"],
 )
 def test_no_kernel_is_compiled_while_requests_run(
-    split: int, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+    split: int, each_pair: bool, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts of all lengths, alone and together, decode of one to nine rows, of four adapters."""
+    """Prompts of all lengths, alone and together, decode of one to nine rows, of four adapters.
+
+    ``each_pair``: every length runs with every mixture of adapters, in place of one of them each
+    and all of them together.
+    """
     monkeypatch.setattr(attention, "SPLIT_POSITIONS", split)
     limits = {"max_batch_size": 9, "max_step_tokens": 300}
     with meta_engine(base_of(), monkeypatch, compiles=True, **limits) as engine:
@@ -304,10 +312,12 @@ def test_no_kernel_is_compiled_while_requests_run(
         work = engine.gpu.take()
         assert work.findings == []
         assert ("combine_kernel" in work.launches) == (split == 64)
-        for n_tokens in (1, 16, 17, 65, 129, 250):
+        mixed = [None, LORA, ROUTED["mixlora"], MIXTURES["mixdora"][0], OTHER_LORA]
+        mixtures = [[None], [LORA], mixed[2:3], [LORA, None], mixed[:3] * 3]
+        for turn, n_tokens in enumerate((1, 16, 17, 65, 129, 250)):
             prompt = tuple(range(7, 7 + n_tokens))
-            mixed = [None, LORA, ROUTED["mixlora"], MIXTURES["mixdora"][0], OTHER_LORA]
-            for plans in ([None], [LORA], mixed[2:3], [LORA, None], mixed, mixed[:3] * 3):
+            own = mixtures if each_pair else [mixtures[turn % len(mixtures)]]
+            for plans in [*own, mixed]:
                 wishes = [Wish(plan, prompt, SHORT) for plan in plans]
                 assert engine.run(wishes).errors == []
         new = engine.gpu.variants - at_start
@@ -400,8 +410,16 @@ def launches_of_a_layer(
     return (counts[1] - counts[0]) / 2
 
 
-@pytest.mark.parametrize(("model_type", "mixture"), LAUNCHES)
-@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "mixture", "cuda_graphs"),
+    [
+        *((*row, False) for row in LAUNCHES),
+        ("llama", "lora and base", True),
+        ("qwen3", "lora and base", True),
+        pytest.param("llama", "base", True, marks=pytest.mark.nightly),
+        pytest.param("qwen3", "base", True, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_layer_launches_no_more_than_it_did(
     cuda_graphs: bool,
     model_type: str,

@@ -143,7 +143,13 @@ def test_a_step_adds_two_sums_a_layer(
 
 
 @pytest.mark.parametrize("quantization", [None, WeightFormat.INT4])
-@pytest.mark.parametrize(("model_type", "mixture"), LAUNCHES)
+@pytest.mark.parametrize(
+    ("model_type", "mixture"),
+    [
+        pytest.param(*row, marks=[pytest.mark.nightly] if row[1] == "base" else [])
+        for row in LAUNCHES
+    ],
+)
 def test_a_layer_launches_what_it_does_alone(
     model_type: str,
     mixture: str,

@@ -125,9 +125,9 @@ gpu-sanitize: venv  # the same under compute-sanitizer: out-of-bounds, races, un
 clients: venv $(CLIENTS)/.installed  # real clients against a real server; writes docs/clients.md
 	$(BIN)/python -m tests.clients $(CLIENTS) $(ONLY)
 
-CLIENT_GROUPS := openai-3 openai-2 huggingface lorax sglang open-webui trl
+CLIENT_GROUPS := $(shell sed -n 's/^\(clients-.*\) = \[.*/\1/p' pyproject.toml)
 $(CLIENTS)/.installed: pyproject.toml
-	for group in $(addprefix clients-,$(CLIENT_GROUPS)); do \
+	for group in $(CLIENT_GROUPS); do \
 		$(PYTHON) -m venv $(CLIENTS)/$$group && \
 		$(CLIENTS)/$$group/bin/python -m pip install --quiet --upgrade pip && \
 		$(CLIENTS)/$$group/bin/python -m pip install --quiet --group $$group || exit 1; \

@@ -16,7 +16,7 @@ from loraplex_server.model.loading.pull import DEFAULT_BASE, DEFAULT_ENCODER, pu
 from tests.clients.table import write_table
 from tests.support.servers.server_process import server_process
 
-_CLIENTS = {  # of each dependency group in pyproject.toml
+CLIENTS = {  # the test files of each dependency group in pyproject.toml
     "clients-openai-3": (
         "openai",
         "vllm_lora",
@@ -30,6 +30,8 @@ _CLIENTS = {  # of each dependency group in pyproject.toml
     "clients-huggingface": ("huggingface_hub",),
     "clients-lorax": ("lorax",),
     "clients-sglang": ("sglang",),
+    "clients-vllm": ("vllm_bench",),
+    "clients-guidellm": ("guidellm",),
     "clients-open-webui": ("open_webui",),
     "clients-trl": ("trl",),
 }
@@ -53,7 +55,7 @@ def main(environments: Path, arguments: list[str]) -> int:
     pull(DEFAULT_ENCODER)
     base = pull(DEFAULT_BASE)
     statuses: list[int] = []
-    missing = [f"{client} ({group})" for group, clients in _CLIENTS.items() for client in clients]
+    missing = [f"{client} ({group})" for group, clients in CLIENTS.items() for client in clients]
     with (
         tempfile.TemporaryDirectory(prefix="loraplex-clients-") as folder,
         server_process(base, Path(folder) / "state", *_FLAGS) as server,
@@ -74,7 +76,7 @@ def main(environments: Path, arguments: list[str]) -> int:
                     "LORAPLEX_CLIENTS_RESULTS": str(results),
                 },
             ): f"{client} ({group})"
-            for group, clients in _CLIENTS.items()
+            for group, clients in CLIENTS.items()
             for client in clients
         }
         try:

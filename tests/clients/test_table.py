@@ -1,8 +1,11 @@
 """The table of docs/clients.md says what was tried, and what was not."""
 
 import json
+import subprocess
+import tomllib
 from pathlib import Path
 
+from tests.clients.__main__ import CLIENTS
 from tests.clients.table import write_table
 
 _HEAD = "# Clients\n\n<!-- `make clients` writes what follows -->"
@@ -42,3 +45,17 @@ def test_a_test_that_did_not_end_is_seen(tmp_path: Path) -> None:
     text = _write(tmp_path, [("a", "passed"), ("b", "not run")], [])
     assert "**Partial**" in text
     assert "| llm 1.0 | b | not run |" in text
+
+
+def test_every_client_is_installed_and_run() -> None:
+    groups = tomllib.loads(Path("pyproject.toml").read_text())["dependency-groups"]
+    assert list(groups) == list(CLIENTS)
+    files = {f"test_{client}.py" for clients in CLIENTS.values() for client in clients}
+    there = {file.name for file in Path(__file__).parent.glob("test_*.py")}
+    assert files == there - {Path(__file__).name}
+
+
+def test_make_installs_the_groups_of_pyproject() -> None:
+    command = ["make", "--dry-run", "--always-make", "clients"]
+    steps = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"for group in {' '.join(CLIENTS)}; do" in steps

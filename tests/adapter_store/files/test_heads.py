@@ -143,6 +143,12 @@ def test_other_labels_are_another_content(
     ("head", "config", "files", "reason"),
     [
         ({}, {}, {}, "no classifier"),
+        (
+            {"base_model.model.classifier.out_proj.weight": torch.ones(2, _HIDDEN)},
+            {},
+            {},
+            "classifier.out_proj",
+        ),
         ({"base_model.model.score.weight": torch.ones(3, 7)}, {}, {}, "needs"),
         ({**_score(), "base_model.model.classifier.weight": torch.ones(2, _HIDDEN)}, {}, {}, "2 h"),
         (_score(), {"id2label": {"0": "a"}}, {}, "names 1 labels"),

@@ -107,12 +107,14 @@ def _find(context: ReadContext) -> _Head:
     names = {*_USUAL, *saved} - {name.rpartition(".")[2] for name in module_names(context.base)}
     parts: dict[str, dict[str, str]] = {}
     copies: list[str] = []
+    foreign: list[str] = []  # heads of other architectures
     for key in context.ledger.unclaimed:
         match = _KEY.fullmatch(key)
         if match is None or match["module"] not in names:
             continue
         module = f"{match['module']}{match['inner'] or ''}"
         if match["inner"] and module != context.base.classifier:
+            foreign.append(module)
             continue
         twin = key.replace(".modules_to_save.", ".").replace(".default.", ".")
         if match["copy"] == "original_module":  # its state before training
@@ -126,6 +128,12 @@ def _find(context: ReadContext) -> _Head:
     if len(parts) > 1:
         raise AdapterMismatch(f"the file has {len(parts)} heads: {', '.join(sorted(parts))}")
     module, of_module = next(iter(parts.items()), ("score", {}))
+    if "weight" not in of_module and foreign:
+        raise AdapterMismatch(
+            f"the file's classifier is {foreign[0]}, and a head of that form is served on the "
+            "architecture that it was trained on alone",
+            missing_keys=(f"{module}.weight",),
+        )
     if "weight" not in of_module:
         raise AdapterMismatch(
             f"task_type is {context.config.text('task_type')}, but the file has no classifier "

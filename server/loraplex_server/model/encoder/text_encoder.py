@@ -1,7 +1,6 @@
 """A frozen text encoder: a transformers model whose attention, linears and norms are replaced."""
 
 import dataclasses
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ class TextEncoder(Encoder):
         self.head_plan, self.lacking = head, lacking
         self.layout = ENCODERS[config.model_type]
         self.classifies_tokens_by_features = self.layout.classifies_tokens_by_features
-        self.towers = MappingProxyType({Modality.TEXT: self})
+        self.towers = {Modality.TEXT: self}
         self.step = ForwardContext()
         self.dtype, self.device = model.dtype, model.device
         self.classifier_pooling = PoolingMode(getattr(config, "classifier_pooling", "cls"))

@@ -102,5 +102,6 @@ ON_A_CLUSTER: Mapping[str, tuple[str, ...]] = {
         "loraplex cluster status",
         "loraplex cluster down",
     ),
-    "docs/scale-out.md": ("loraplex cluster up", "curl -s http://127.0.0.1:8000/v1/cluster"),
+    "docs/scale-out.md": ("loraplex cluster up",),
+    "docs/operate-a-cluster.md": ("curl -s http://127.0.0.1:8000/v1/cluster",),
 }

@@ -91,7 +91,7 @@ def test_a_demo_is_small_complete_and_measured(name: str) -> None:
 
 def test_the_page_and_the_command_tell_of_every_shipped_demo_what_its_card_does() -> None:
     shipped = sorted(folder.name for folder in SHIPPED.iterdir() if folder.is_dir())
-    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "demo-adapters.md").read_text()
     for name in shipped:
         card = json.loads((SHIPPED / name / "card.json").read_text())
         (line,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` | "))

@@ -106,7 +106,7 @@ def n_copies_past_l2(n_bytes: int, device: torch.device) -> int:
     return max(2, min(64, -(-4 * l2 // max(1, n_bytes))))
 
 
-def time_cold_us(calls: Sequence[Callable[[], object]], *, n_repeats: int = 20) -> float:
+def time_cold_us(calls: Sequence[Callable[[], object]]) -> float:
     """Return the median µs of one call. ``calls`` do the same work on different memory.
 
     One CUDA graph replays all calls, so each call must be capturable. Needs a CUDA device.
@@ -121,7 +121,7 @@ def time_cold_us(calls: Sequence[Callable[[], object]], *, n_repeats: int = 20) 
     graph.replay()
     torch.cuda.synchronize()
     times: list[float] = []
-    for _ in range(n_repeats):
+    for _ in range(20):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()

@@ -48,13 +48,10 @@ def gguf_of(model: Path) -> Path | None:
 
 
 def write_random_gguf(
-    path: Path,
-    type: GGMLQuantizationType,
-    shape: Mapping[str, int] = _LLAMA_1B,
-    *,
-    architecture: str = "llama",
+    path: Path, type: GGMLQuantizationType, *, architecture: str = "llama"
 ) -> None:
-    """Write a base of this shape, all matrices in blocks of ``type``."""
+    """Write a base of Llama 3.2 1B's shape, all matrices in blocks of ``type``."""
+    shape = _LLAMA_1B
     writer = GGUFWriter(path, architecture)
     hidden, heads = shape["hidden"], shape["heads"]
     head_dim = hidden // heads

@@ -39,9 +39,7 @@ def make_demo(
     base: Path,
     base_name: str,
     work: Path,
-    n_prompts: int = 40,
     on_step: OnStep = lambda report: None,
-    overwrite: bool = False,
 ) -> Measured:
     """Generate, train (resuming what was begun), measure; ``folder`` is then a whole adapter.
 
@@ -71,9 +69,9 @@ def make_demo(
         )
     course = replace(course, out=folder)
     is_trained = (folder / "adapter_config.json").exists() and not (folder / ".training").exists()
-    if overwrite or not is_trained:  # otherwise only the measurement was interrupted
-        _train(course, on_step, again=overwrite)
-    measured = measure(demo, folder, base=base, n_prompts=n_prompts)
+    if not is_trained:  # otherwise only the measurement was interrupted
+        _train(course, on_step, again=False)
+    measured = measure(demo, folder, base=base, n_prompts=40)
     card_path = folder / "card.json"
     card = json.loads(card_path.read_text())
     if demo.defaults:

@@ -16,12 +16,13 @@ _SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 _WORDS = (*_SPECIAL, "a", "photo", "of", ".", *COLOURS, *SHAPES, *DIGITS)
 _BATCH = 36  # drawings of a step, all of different labels
 _LR = 2e-3
+_WIDTH = 64
 
 
-def save_drawn_clip(folder: Path, *, steps: int, width: int = 64, layers: int = 2) -> Path:
+def save_drawn_clip(folder: Path, *, steps: int) -> Path:
     """Pre-train with CLIP's own loss on captions "a photo of a red circle." and save. Seeded."""
     torch.manual_seed(0)
-    model = CLIPModel(_config(width, layers))
+    model = CLIPModel(_config())
     tokenizer, processor = (
         _tokenizer(),
         CLIPImageProcessorPil(
@@ -48,11 +49,11 @@ def save_drawn_clip(folder: Path, *, steps: int, width: int = 64, layers: int = 
     return folder
 
 
-def _config(width: int, layers: int) -> Any:
+def _config() -> Any:
     tower = {
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": layers,
+        "hidden_size": _WIDTH,
+        "intermediate_size": 2 * _WIDTH,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
     tokens = {
@@ -66,7 +67,7 @@ def _config(width: int, layers: int) -> Any:
         "clip",
         text_config={**tower, **tokens},
         vision_config={**tower, "image_size": SIDE, "patch_size": 8},
-        projection_dim=width,
+        projection_dim=_WIDTH,
     )
 
 

@@ -270,7 +270,7 @@ def combine_kernel(
 
 
 class AttentionWorkspace(NamedTuple):
-    """The float32 partials of divided requests. Tensors may be larger than needed."""
+    """The float32 partials of divided requests."""
 
     partials: Tensor  # [n_groups * n_places * n_heads * D]
     norms: Tensor  # [n_groups * n_places * n_heads * 2]: maximum, norm
@@ -316,7 +316,6 @@ def paged_attention_triton(
     window: int | None = None,
     softcap: float | None = None,
     out: Tensor | None = None,
-    workspace: AttentionWorkspace | None = None,
     batch_invariant: bool = True,
     capability: int | None = None,  # None: of the device
 ) -> Tensor:
@@ -324,10 +323,10 @@ def paged_attention_triton(
 
     Launches depend on shapes only (``page_table`` [n_requests, n_pages] bounds the positions), so a
     CUDA graph may replay them. ``query_starts`` and ``kv_lens`` are int32 on the device. Requests
-    without queries and rows beyond the last request are not changed. ``out`` and ``workspace`` are
-    allocated when absent. ``batch_invariant``: a row has the same bits in every batch. Otherwise
-    large steps use larger tiles, whose matrix instruction may sum in another order (wgmma on
-    Hopper). Raises ValueError before the launch when a shape does not fit.
+    without queries and rows beyond the last request are not changed. ``out`` is allocated when
+    absent. ``batch_invariant``: a row has the same bits in every batch. Otherwise large steps use
+    larger tiles, whose matrix instruction may sum in another order (wgmma on Hopper). Raises
+    ValueError before the launch when a shape does not fit.
     """
     _check(q, k_cache, v_cache, page_table, query_starts, kv_lens)
     out = torch.empty_like(q) if out is None else out
@@ -340,9 +339,7 @@ def paged_attention_triton(
     n_kv, page_size = k_cache.shape[1], k_cache.shape[2]
     n_positions = page_table.shape[1] * page_size
     division = Division.of(n_rows, n_requests, n_positions)
-    space = workspace or attention_workspace(division, n_heads, head_dim, q.device)
-    if space.partials.numel() < division.n_groups * division.n_places * n_heads * head_dim:
-        raise ValueError("the attention workspace is too small; see attention_workspace")
+    space = attention_workspace(division, n_heads, head_dim, q.device)
     group = n_heads // n_kv
     padded = triton.next_power_of_2(group)
     is_plain = window is None and softcap is None  # masks do not fit into the registers

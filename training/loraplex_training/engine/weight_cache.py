@@ -15,8 +15,8 @@ class WeightCache:
     pairs, and each step reads them twice. Of a larger base only the first layers are cached.
     """
 
-    def __init__(self, dtype: torch.dtype, max_bytes: int = _MAX_BYTES) -> None:
-        self._dtype, self._max_bytes = dtype, max_bytes
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._entries: dict[object, Tensor] = {}
         self._n_bytes = 0
 
@@ -28,7 +28,7 @@ class WeightCache:
             weights = self._entries.get(key)
             if weights is None:
                 weights = read().to(self._dtype)
-                if self._n_bytes + weights.nbytes <= self._max_bytes:
+                if self._n_bytes + weights.nbytes <= _MAX_BYTES:
                     self._entries[key] = weights
                     self._n_bytes += weights.nbytes
             return weights

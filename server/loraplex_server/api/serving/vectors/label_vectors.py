@@ -8,6 +8,7 @@ from collections import OrderedDict
 from torch import Tensor
 
 Key = tuple[bytes, str, str]  # digest of the text, digest of the adapter, tenant with its salt
+_MAX_VECTORS = 8192
 
 
 class LabelVectors:
@@ -17,9 +18,8 @@ class LabelVectors:
     of an answer tells nobody which labels others use.
     """
 
-    def __init__(self, max_vectors: int = 8192) -> None:
+    def __init__(self) -> None:
         self._vectors: OrderedDict[Key, Tensor] = OrderedDict()
-        self._max = max_vectors
 
     @staticmethod
     def key(text: str, adapter: str, salt: str) -> Key:
@@ -34,5 +34,5 @@ class LabelVectors:
 
     def put(self, key: Key, vector: Tensor) -> None:
         self._vectors[key] = vector
-        while len(self._vectors) > self._max:
+        while len(self._vectors) > _MAX_VECTORS:
             self._vectors.popitem(last=False)

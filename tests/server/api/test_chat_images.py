@@ -238,10 +238,18 @@ def _bomb() -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
+def _half_a_jpeg() -> str:
+    file = io.BytesIO()
+    made_image(1).resize((64, 64)).save(file, "JPEG")
+    half = file.getvalue()[: len(file.getvalue()) // 2]
+    return f"data:image/jpeg;base64,{base64.b64encode(half).decode()}"
+
+
 _BROKEN = base64.b64encode(base64.b64decode(png(made_image(1)))[:200]).decode()
 _REFUSED = {
     "a remote URL": ("https://example.org/a.png", 400, "remote_image_refused", "data: URL"),
     "a broken file": (f"data:image/png;base64,{_BROKEN}", 400, "invalid_image", "broken"),
+    "a broken JPEG": (_half_a_jpeg(), 400, "invalid_image", "broken"),
     "no base64": ("data:image/png;base64,???", 400, "invalid_image", "base64"),
     "a bomb": (_bomb(), 413, "image_too_large", "10,000"),
     "no image": ("data:text/plain;base64,aGVsbG8=", 400, "invalid_image", "no image"),

@@ -266,6 +266,13 @@ def test_without_strict_only_what_cannot_be_enforced_is_left_out(client: OpenAI)
             chat(client, guided_json=odd)
 
 
+@pytest.mark.parametrize("form", ["time", "date-time"])
+def test_times_have_sixty_seconds(client: OpenAI, form: str) -> None:
+    day = "2026-01-02T" if form == "date-time" else ""
+    schema = {"type": "string", "format": form, "pattern": f"^{day}13:20:(60|59)Z$"}
+    assert set(chat(client, 8, guided_json=schema)) == {f'"{day}13:20:59Z"'}
+
+
 def test_formats_of_pydantic_are_annotations(client: OpenAI) -> None:
     for name in ("path", "binary", "password", "ipv4network", "base64url", "regex"):
         assert chat(client, guided_json={"enum": ["x"], "type": "string", "format": name}) == [

@@ -189,5 +189,7 @@ def _problem(error: ValidationError) -> str:
     if not name:
         return message
     is_secret = name.endswith("key") or name == "catalogue"  # a URL may hold a password
+    if name == "keys":  # its messages begin with the file
+        return f"keys: {message}"
     shown = "…" if is_secret else repr(problem["input"])
     return f"{name.replace('_', '-')} is {shown}: {message[:1].lower()}{message[1:]}"

@@ -1,5 +1,6 @@
 """Every command explains itself."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -29,6 +30,13 @@ def test_help_is_printed(path: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*path, "--help"])
     assert result.exit_code == 0, result.output
     assert "Usage" in result.output
+
+
+def test_help_keeps_brackets_and_says_which_way_a_flag_turns() -> None:
+    lines = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "80"}).output
+    text = " ".join(re.sub("[│─╭╮╰╯]", " ", lines).split())
+    assert "flashinfer (loraplex[flashinfer])" in text
+    assert re.search(r"--no-demos .{0,80}Default: on; this turns it off", text)
 
 
 @pytest.mark.parametrize("path", list(_commands()), ids=lambda path: " ".join(path) or "loraplex")

@@ -176,6 +176,14 @@ def test_a_file_that_is_no_list_of_keys_is_refused(text: str) -> None:
         parse_keys(text)
 
 
+def test_the_message_about_a_keys_file_names_it_once(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text('keyz = "a"\n')
+    with pytest.raises(ConfigError) as told:
+        resolve_config({"keys": str(path)})
+    assert str(told.value) == f"keys: {path}: the file must hold [[key]] tables and nothing else"
+
+
 def test_a_missing_keys_file_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.toml"):
         resolve_config({"keys": str(tmp_path / "nothing.toml")})

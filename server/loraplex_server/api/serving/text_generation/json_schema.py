@@ -28,7 +28,10 @@ _DIGITS = 15  # decimal digits that float64 keeps
 _REFERENCE = {
     "anyOf": [{"format": "uri"}, {"pattern": r"^[A-Za-z0-9._~/-]*([#?][A-Za-z0-9._~/-]*)?$"}]
 }
+_NO_LEAP_SECOND = "^[^:]*:[^:]*:[0-5]"  # llguidance allows second 60 in every minute
 _NARROWER: Mapping[str, Schema] = {
+    "time": {"format": "time", "pattern": _NO_LEAP_SECOND},
+    "date-time": {"format": "date-time", "pattern": _NO_LEAP_SECOND},
     "uri-reference": _REFERENCE,
     "iri-reference": _REFERENCE,
     "iri": {"format": "uri"},
@@ -41,7 +44,7 @@ _NARROWER: Mapping[str, Schema] = {
 # JSON Schema defines these. All others are annotations.
 _DEFINED = frozenset(
     {
-        *("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri"),
+        *("date", "duration", "email", "hostname", "ipv4", "ipv6", "uri"),
         *("uuid", *_NARROWER),
     }
 )

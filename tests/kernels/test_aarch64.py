@@ -23,6 +23,7 @@ def _compile(*flags: str) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_every_source_is_valid_for_aarch64() -> None:
     _compile("-fsyntax-only")
 

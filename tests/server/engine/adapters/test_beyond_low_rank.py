@@ -94,7 +94,9 @@ def _model(case: str) -> PreTrainedModel:
     return tiny_model(model_type, **changes)
 
 
-@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "modules"])
+@pytest.mark.parametrize(
+    "fuse", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["fused", "modules"]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_its_rows_answer_as_peft_does_and_the_others_keep_their_bits(
     case: str, fuse: bool, tmp_path: Path

@@ -101,7 +101,11 @@ def served(
     }
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["fused", "unfused"])
+@pytest.fixture(
+    scope="module",
+    params=[True, pytest.param(False, marks=pytest.mark.nightly)],
+    ids=["fused", "unfused"],
+)
 def engine(model: PreTrainedModel, request: pytest.FixtureRequest) -> Iterator[Engine]:
     with running_engine(model, fuse=request.param, adapter_memory_bytes=32 << 20) as engine:
         yield engine

@@ -32,6 +32,7 @@ async def until_dead(client: httpx.AsyncClient) -> None:
         await asyncio.sleep(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_running", [2, pytest.param(0, marks=pytest.mark.nightly)])
 async def test_a_dead_rank_is_a_dead_engine_at_once(
     n_running: int, base: Path, tmp_path: Path
@@ -123,6 +124,7 @@ def is_running(pid: int) -> bool:
     return state != "Z"  # whose new parent has not looked yet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
     [

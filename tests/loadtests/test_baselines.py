@@ -86,6 +86,7 @@ def test_a_gguf_adapter_holds_the_same_factors_with_rotary_rows_in_pairs(
     assert torch.equal(found.sort(0).values, q.sort(0).values)
 
 
+@pytest.mark.slow
 def test_peft_answers_each_request_with_its_own_adapter(
     model: Path, adapters: list[Path], tmp_path: Path
 ) -> None:

@@ -156,7 +156,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.parametrize("recipe", ["lora-ga", "sora"])
+@pytest.mark.parametrize("recipe", ["lora-ga", pytest.param("sora", marks=pytest.mark.nightly)])
 def test_an_interrupted_run_of_a_recipe_goes_on_to_the_same_bits(
     config: TrainingConfig, tmp_path: Path, recipe: str
 ) -> None:
@@ -247,7 +247,7 @@ def test_the_best_weights_are_kept_and_patience_stops_early(config: TrainingConf
     assert stopped.progress.best_step == stopped.progress.step - 6
 
 
-@pytest.mark.parametrize("family", ["lora", "block-lora"])
+@pytest.mark.parametrize("family", ["lora", pytest.param("block-lora", marks=pytest.mark.nightly)])
 def test_a_run_goes_on_from_another_adapter(
     config: TrainingConfig, tmp_path: Path, family: str
 ) -> None:

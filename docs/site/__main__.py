@@ -11,7 +11,7 @@ from pathlib import Path
 
 from docs.site.finish import finish
 from docs.site.reference import write_reference
-from docs.site.stage import stage
+from docs.site.stage import rank_last, stage
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "build" / "guide"
@@ -25,6 +25,7 @@ def main() -> int:
     stage(ROOT, PAGES)
     shutil.copy(ROOT / "server/loraplex_server/console/favicon.svg", PAGES)
     write_reference(PAGES / "reference")
+    rank_last(PAGES)
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict"]
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # see ADR 21
     done = subprocess.run([*command, "--site-dir", str(out)], cwd=ROOT, env=quiet, check=False)

@@ -11,13 +11,15 @@ import re
 import shutil
 from pathlib import Path, PurePosixPath
 
-__all__ = ["rewrite_links", "stage"]
+__all__ = ["rank_last", "rewrite_links", "stage"]
 
 _LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^()\s]+)(\))")
 _FENCE = re.compile(r"\s*(```|~~~)")
 _AS_IT_IS = {".md", ".json", ".svg", ".png"}  # others are shown as plain text
 _NO_PAGES = {"__pycache__", "site", "__init__.py"}
 _HOME = PurePosixPath("docs/index.md")  # in place of the README
+_LATE = ("adr/*.md", "repository/**/*.md", "reference/**/*.md")
+_BOOST = 0.0001  # of a score; a match in a title counts a thousand times one in a text
 _DECISIONS = PurePosixPath("docs/adr/README.md")  # a page that is made here
 
 
@@ -44,6 +46,14 @@ def stage(root: Path, out: Path) -> None:
         target.write_text(text, encoding="utf-8")
         todo += linked
     _index_of_decisions(out / "adr")
+
+
+def rank_last(pages: Path) -> None:
+    """Rank decisions, READMEs of packages and generated pages behind others in the search."""
+    for pattern in _LATE:
+        for page in sorted(pages.glob(pattern)):
+            text = page.read_text(encoding="utf-8")
+            page.write_text(f"---\nsearch:\n  boost: {_BOOST}\n---\n{text}", encoding="utf-8")
 
 
 def rewrite_links(text: str, source: PurePosixPath, root: Path) -> tuple[str, list[PurePosixPath]]:

@@ -62,6 +62,10 @@ _KEYED = (
     *(files, batches, fine_tuning, generate, vectors, models, make_adapters, routing, revisions),
     *(jobs, activity, adapters, lora_compat, tokens, metrics, tinker, tgi, sglang),
 )
+_TOPICS = (  # the order of the groups of /docs
+    *("Chats and texts", "Vectors, classes and scores", "Models", "Adapters", "Training"),
+    *("Files and batches", "Routes of other servers", "Watching"),
+)
 _EXPOSED_HEADERS = (
     *("etag", "location", "retry-after", "retry-after-ms", "x-loraplex-adapter", "x-request-id"),
     *(
@@ -96,6 +100,7 @@ def build_app(
     app: FastAPI = FastAPIOffline(
         title="Loraplex",
         version=installed_version("loraplex"),
+        openapi_tags=[{"name": topic} for topic in _TOPICS],
         redoc_url=None,
         redirect_slashes=False,
     )

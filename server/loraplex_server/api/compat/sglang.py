@@ -34,7 +34,7 @@ from loraplex_server.engine.requests.events import TokenLogprobs
 from loraplex_server.errors import invalid
 from loraplex_server.text.token_text import TokenTexts
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, tags=["Routes of other servers"])
 _RESPONSES = errors(404, 412, 415)
 Item = TypeVar("Item")
 _MAX_NEW_TOKENS = 128  # of SGLang

@@ -29,7 +29,7 @@ from loraplex_server.text.token_text import TokenTexts
 
 from .sglang import NativeAnswer, NativeBody, answer_native
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, tags=["Routes of other servers"])
 _RESPONSES = errors(404, 415, 499)
 _API = TextApi("gen-", "inputs", "max_new_tokens", sse=OPENAI_SSE._replace(end=b""))
 _MAX_NEW_TOKENS = 100  # of TGI

@@ -14,7 +14,7 @@ from loraplex_server.api.request_info import check_sees_all
 from loraplex_server.api.state import Access, AppState, State, Tenant, in_store_thread
 from loraplex_server.api.streaming.sse import SseResponse
 
-router = APIRouter()
+router = APIRouter(tags=["Watching"])
 _EVERY_S = 0.5  # between two events of a stream
 
 

@@ -49,7 +49,7 @@ from loraplex_server.settings.api_keys import AdapterAccess
 
 from .jobs import job_response
 
-router = APIRouter()
+router = APIRouter(tags=["Adapters"])
 
 Retain = Annotated[int | None, Query(ge=0, le=1000)]  # None: --keep-revisions
 _SLOW = errors(404, 412, 415) | {

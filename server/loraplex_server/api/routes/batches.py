@@ -14,7 +14,7 @@ from loraplex_server.api.state import State, Tenant
 
 from .files import After, Page, page_of
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, tags=["Files and batches"])
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 

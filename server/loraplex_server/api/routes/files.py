@@ -32,7 +32,7 @@ from loraplex_server.api.upload_folder import check_of_bytes, upload_folder
 from loraplex_server.errors import ApiError, from_image, invalid
 from loraplex_server.images import ImageRefused
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, tags=["Files and batches"])
 
 _MAX_NAME = 256  # characters of a file's name
 _CHUNK = 1 << 16  # bytes

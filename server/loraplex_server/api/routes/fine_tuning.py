@@ -28,7 +28,7 @@ from loraplex_server.errors import invalid, not_found
 
 from .files import After, Page, page_of
 
-router = APIRouter(route_class=JsonRoute, prefix="/v1/fine_tuning/jobs")
+router = APIRouter(route_class=JsonRoute, prefix="/v1/fine_tuning/jobs", tags=["Training"])
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 _MAX_BASE = 30  # characters of the base in the name of a result

@@ -24,7 +24,7 @@ from loraplex_server.api.serving.responses.responses_call import answer_response
 from loraplex_server.api.state import State, Tenant
 from loraplex_server.errors import ApiError, not_found
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, tags=["Chats and texts"])
 _RESPONSES = with_events(errors(404, 415, 422, 499))
 _ANTHROPIC_ERRORS = errors(404, 415, 422, 499, model=AnthropicErrorBody)
 _ResponseId = Annotated[str, Path(max_length=128)]

@@ -9,7 +9,7 @@ from loraplex_server.api.state import AppState, State
 from loraplex_server.errors import unavailable
 from loraplex_server.settings.api_keys import Scope
 
-router = APIRouter()
+router = APIRouter(tags=["Watching"])
 
 
 @router.head("/health", include_in_schema=False)

@@ -15,7 +15,7 @@ from loraplex_server.api.streaming.sse import SseResponse
 from loraplex_server.errors import not_found
 from loraplex_server.settings.api_keys import AdapterAccess
 
-router = APIRouter()
+router = APIRouter(tags=["Training"])
 _Id = Annotated[str, Path(max_length=128)]
 
 

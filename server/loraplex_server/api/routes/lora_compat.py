@@ -21,7 +21,7 @@ from loraplex_server.api.state import (
 )
 from loraplex_server.errors import ApiError
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, tags=["Routes of other servers"])
 _RESPONSES = errors(404, 412, 415) | text_answer("done")
 _DRAIN_S = 30.0  # the longest wait of an unload for running requests
 

@@ -42,7 +42,7 @@ from loraplex_training.examples import Chat, chat_of
 
 from .jobs import job_response
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, tags=["Training"])
 
 
 @router.post(

@@ -13,7 +13,7 @@ from loraplex_server.api.state import State, in_store_thread
 from loraplex_server.api.static_pages import GUIDE
 from loraplex_server.errors import ApiError
 
-router = APIRouter()
+router = APIRouter(tags=["Watching"])
 
 
 @router.get("/version", response_model=Version, responses=errors())

@@ -17,7 +17,7 @@ from loraplex_server.api.state import Access, AppState, State, followed, in_stor
 from loraplex_server.errors import ApiError, not_found
 from loraplex_server.settings.api_keys import AdapterAccess
 
-router = APIRouter()
+router = APIRouter(tags=["Models"])
 
 
 class Model(BaseModel):

@@ -11,7 +11,7 @@ from loraplex_server.api.protocol.adapters import Adapter, RevisionList
 from loraplex_server.api.protocol.errors import errors
 from loraplex_server.api.state import Access, State, in_change_thread, in_store_thread
 
-router = APIRouter()
+router = APIRouter(tags=["Adapters"])
 
 
 @router.get(

@@ -18,7 +18,7 @@ from loraplex_server.api.serving.chat.chat_messages import plain_messages, routi
 from loraplex_server.api.state import Access, State, in_store_thread
 from loraplex_server.errors import invalid
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, tags=["Adapters"])
 
 
 class RouteBody(Body):

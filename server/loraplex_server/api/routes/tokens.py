@@ -20,7 +20,7 @@ from loraplex_server.api.state import Access, AppState, State, Tenant
 from loraplex_server.errors import invalid
 from loraplex_server.settings.api_keys import AdapterAccess
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, tags=["Chats and texts"])
 
 
 class TokenizeBody(AdapterBody):

@@ -26,7 +26,7 @@ from loraplex_server.api.serving.vectors.vectors import (
 from loraplex_server.api.serving.vectors.zero_shot import answer_zero_shot
 from loraplex_server.api.state import State
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, tags=["Vectors, classes and scores"])
 _RESPONSES = errors(404, 415, 422, 499)
 
 

@@ -74,6 +74,14 @@ async def test_the_docs_page_is_made_of_this_server_alone(front: Front) -> None:
         assert (await front.client.get(source)).status_code == 200
 
 
+async def test_every_route_of_the_docs_page_is_in_one_group(front: Front) -> None:
+    schema = front.app.openapi()
+    groups = {tag["name"] for tag in schema["tags"]}
+    used = [route.get("tags", []) for path in schema["paths"].values() for route in path.values()]
+    assert all(len(tags) == 1 for tags in used)
+    assert {tag for tags in used for tag in tags} == groups
+
+
 async def test_every_route_documents_its_answer_and_its_errors(front: Front) -> None:
     paths = front.app.openapi()["paths"]
     for path, methods in paths.items():

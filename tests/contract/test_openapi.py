@@ -104,6 +104,7 @@ def test_every_answer_is_as_documented(open_server: Subject) -> None:
     open_server.run("--phases", "examples,coverage")
 
 
+@pytest.mark.slow
 def test_every_answer_is_as_documented_behind_a_key(server_with_key: Subject) -> None:
     # The other phases run at night, without a key: each phase asks once.
     server_with_key.run("--max-examples", "5", "--phases", "fuzzing,stateful")

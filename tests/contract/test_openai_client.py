@@ -47,6 +47,13 @@ def test_models_are_listed_base_first_and_shown_one_by_one(client: OpenAI) -> No
         client.models.retrieve("four")
 
 
+def test_a_name_that_is_none_is_answered_by_what_was_meant(client: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="available: tiny, all-minilm-l6-v2"):
+        client.embeddings.create(model="text-embedding-3-small", input="hello")
+    with pytest.raises(openai.NotFoundError, match="closest registered: two"):
+        client.chat.completions.create(model="TWO", messages=MESSAGES)
+
+
 def test_a_chat_is_answered_and_counted(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model="tiny", messages=MESSAGES, max_completion_tokens=9, temperature=0

@@ -409,6 +409,14 @@ async def test_a_job_that_breaks_tells_the_log_everything_and_the_client_where_t
     assert "NotADirectoryError" in caplog.text
 
 
+async def test_bytes_on_disk_are_those_of_the_files(lora: Front) -> None:
+    card = (await lora.client.get("/v1/adapters/pirate")).json()
+    digest = card["digest"]
+    files = list((lora.store.root / "contents" / digest[:2] / digest).iterdir())
+    assert {"adapter_model.safetensors", "plan.bin"} <= {file.name for file in files}
+    assert card["n_bytes"]["disk"] == sum(file.stat().st_size for file in files)
+
+
 async def test_the_list_is_short_and_the_card_is_whole(lora: Front) -> None:
     body = (await lora.client.get("/v1/adapters")).json()
     assert [card["name"] for card in body["data"]] == ["org/poet", "pirate"]

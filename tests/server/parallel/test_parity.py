@@ -15,7 +15,11 @@ from tests.support.adapters.peft_adapters import peft_adapter
 from tests.support.bases.tiny_models import tiny_llama
 from tests.vectors.conftest import Server
 
-pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore::Warning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.anyio,
+    pytest.mark.filterwarnings("ignore::Warning"),
+]
 
 # They need whole rows of what a rank has a part of; as in docs/tensor-parallel.md.
 REFUSED = {"boft", "oft", "road", "loramoe", "mola"}

@@ -32,7 +32,8 @@ class OutOfDistribution(GeneratorError):
         super().__init__(
             f"the description is unlike anything this generator was trained on (score "
             f"{score:.2f}, limit {limit:.2f}); nearest known tasks: {close}; "
-            '"force": true in a request, or --force, generates it anyway'
+            'send "examples" of the task, from which an adapter is learnt; "force": true in a '
+            "request, or --force, generates one anyway"
         )
         self.score = score
         self.limit = limit

@@ -16,12 +16,17 @@ from tests.server.conftest import Front, make_front
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_guide_that_is_not_built_says_how_to_build_it(tmp_path: Path) -> None:
+async def test_a_guide_that_is_not_built_says_how_to_build_it_and_is_shown_once_it_is(
+    tmp_path: Path,
+) -> None:
     app = FastAPI()
     app.include_router(guide_router(tmp_path / "guide"))
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         answer = await client.get("/guide", follow_redirects=True)
+        (tmp_path / "guide").mkdir()
+        (tmp_path / "guide" / "index.html").write_text("<h1>Start</h1>")
+        assert (await client.get("/guide", follow_redirects=True)).text == "<h1>Start</h1>"
     assert answer.status_code == 404
     assert "make docs" in answer.text
     assert answer.text.count("\n") == 1

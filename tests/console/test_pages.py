@@ -51,7 +51,9 @@ def lanes(page: Page) -> list[str]:
 
 
 def ask_all(page: Page) -> None:
-    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    prompt = page.get_by_label("Prompt", exact=True)
+    expect(prompt).not_to_have_value("")  # the adapters are listed, and one has an example
+    prompt.fill(PROMPT)
     page.get_by_text("Settings", exact=True).click()
     page.get_by_label("Max tokens").fill("24")
     page.get_by_role("button", name="Ask all").click()

@@ -12,6 +12,7 @@ import io
 import shutil
 import tempfile
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +26,11 @@ from tests.support.servers.server_process import server_process
 REFERENCES = Path(__file__).parent / "references"
 _ROOT = Path(__file__).parents[2]
 _DEMOS = _ROOT / "adapter_store" / "loraplex_adapter_store" / "demos"
-_THUMBNAIL = (275, 200)
+_SCALE = 4  # of a thumbnail
 _CLEARLY = 48  # of 255, in any channel
 _PATIENCE_MS = 120_000
 SCHEMES = ("light", "dark")
+WIDTHS = (1280, 390)  # pixels: a screen, and a phone
 _README_SIZE = {"width": 1280, "height": 800}
 _README_COLOURS = 128
 _README_PROMPT = (
@@ -60,6 +62,15 @@ def _create(page: Page) -> None:
     expect(page.get_by_label("What shall it do?")).to_be_visible()
 
 
+def _live(page: Page) -> None:
+    expect(page.get_by_role("heading", name="Live")).to_be_visible()
+
+
+def _requests(page: Page) -> None:
+    page.get_by_label("Only with").fill("chat/completions")
+    expect(page.get_by_role("row").nth(2)).to_be_visible()
+
+
 class Picture(NamedTuple):
     name: str
     route: str
@@ -70,11 +81,18 @@ PICTURES = (
     Picture("playground", "#/playground?adapter=pirate", _playground),
     Picture("adapters", "#/adapters", _adapters),
     Picture("create", "#/create", _create),
+    Picture("live", "#/live", _live),
+    Picture("requests", "#/requests", _requests),
 )
 
 
-def take(page: Page, url: str, picture: Picture, scheme: str) -> bytes:
-    """A PNG of a page of a server that has the adapters ``pirate`` and ``emoji``."""
+def reference(picture: Picture, width: int, scheme: str) -> Path:
+    return REFERENCES / f"{picture.name}-{width}-{scheme}.png"
+
+
+def take(page: Page, url: str, picture: Picture, width: int, scheme: str) -> bytes:
+    """Return a PNG of a page of a server that has the adapters ``pirate`` and ``emoji``."""
+    page.set_viewport_size({"width": width, "height": 800})
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
     page.goto("about:blank")
     page.goto(f"{url}/{picture.route}")
@@ -84,7 +102,7 @@ def take(page: Page, url: str, picture: Picture, scheme: str) -> bytes:
 
 
 def thumbnail(png: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(png)).convert("RGB").resize(_THUMBNAIL, Image.Resampling.BOX)
+    return Image.open(io.BytesIO(png)).convert("RGB").reduce(_SCALE)
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
@@ -115,12 +133,11 @@ def _renew_references(browser: Browser) -> None:
             shutil.copytree(_DEMOS / name, adapters / name)
         flags = ("--kv-memory", "256MiB", "--adapter-memory", "64MiB", "--adapters-dir", adapters)
         with server_process(resolve_model(None), Path(folder) / "state", *flags) as server:
-            page = browser.new_page(viewport={"width": 1100, "height": 800})
+            page = browser.new_page()
             page.set_default_timeout(_PATIENCE_MS)
-            for scheme in SCHEMES:
-                for picture in PICTURES:
-                    small = thumbnail(take(page, server.url, picture, scheme))
-                    small.save(REFERENCES / f"{picture.name}-{scheme}.png", optimize=True)
+            for width, scheme, picture in product(WIDTHS, SCHEMES, PICTURES):
+                small = thumbnail(take(page, server.url, picture, width, scheme))
+                small.save(reference(picture, width, scheme), optimize=True)
 
 
 def _renew_readme(browser: Browser) -> None:

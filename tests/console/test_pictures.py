@@ -1,7 +1,9 @@
-"""The pages look as their reference pictures do, light and dark.
+"""The pages look as their reference pictures do, light and dark, on a screen and on a phone.
 
 After a change that is meant: python -m tests.console.pictures
 """
+
+from itertools import product
 
 import pytest
 from PIL import Image
@@ -9,10 +11,11 @@ from playwright.sync_api import Page
 
 from tests.console.pictures import (
     PICTURES,
-    REFERENCES,
     SCHEMES,
+    WIDTHS,
     Picture,
     difference,
+    reference,
     take,
     thumbnail,
 )
@@ -22,27 +25,27 @@ pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 TOLERATED = 0.06  # share of pixels; other fonts and times of answers
 
 
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("picture", PICTURES, ids=[picture.name for picture in PICTURES])
 def test_a_page_looks_as_its_picture(
-    page: Page, server: ServerProcess, picture: Picture, scheme: str
+    page: Page, server: ServerProcess, picture: Picture, width: int, scheme: str
 ) -> None:
-    taken = thumbnail(take(page, server.url, picture, scheme))
-    told = Image.open(REFERENCES / f"{picture.name}-{scheme}.png").convert("RGB")
+    taken = thumbnail(take(page, server.url, picture, width, scheme))
+    told = Image.open(reference(picture, width, scheme)).convert("RGB")
     assert difference(taken, told) < TOLERATED
 
 
 def test_a_page_without_its_styles_does_not(page: Page, server: ServerProcess) -> None:
     page.route("**/console.css", lambda route: route.abort())
-    taken = thumbnail(take(page, server.url, PICTURES[0], "light"))
-    told = Image.open(REFERENCES / f"{PICTURES[0].name}-light.png").convert("RGB")
+    taken = thumbnail(take(page, server.url, PICTURES[0], 1280, "light"))
+    told = Image.open(reference(PICTURES[0], 1280, "light")).convert("RGB")
     assert difference(taken, told) > 2 * TOLERATED
 
 
 def test_light_is_not_dark() -> None:
-    for picture in PICTURES:
+    for width, picture in product(WIDTHS, PICTURES):
         light, dark = (
-            Image.open(REFERENCES / f"{picture.name}-{scheme}.png").convert("RGB")
-            for scheme in SCHEMES
+            Image.open(reference(picture, width, scheme)).convert("RGB") for scheme in SCHEMES
         )
         assert difference(light, dark) > 0.5

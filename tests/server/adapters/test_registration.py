@@ -134,6 +134,9 @@ def test_an_updated_demo_replaces_the_one_it_was(
         old = store.get("poet")
         register_adapters(store, StoreConfig())
         assert store.get("poet").revision == old.revision  # not read again
-        write_lora(demos / "poet", base_spec, seed=9)
+        weights = demos / "poet" / "adapter_model.safetensors"
+        before = weights.stat().st_ctime_ns
+        while weights.stat().st_ctime_ns == before:  # the clock of files ticks in milliseconds
+            write_lora(demos / "poet", base_spec, seed=9)
         register_adapters(store, StoreConfig())
         assert store.get("poet").digest != old.digest

@@ -19,7 +19,7 @@ _AS_IT_IS = {".md", ".json", ".svg", ".png"}  # others are shown as plain text
 _NO_PAGES = {"__pycache__", "site", "__init__.py"}
 _HOME = PurePosixPath("docs/index.md")  # in place of the README
 _LATE = ("adr/*.md", "repository/**/*.md", "reference/**/*.md")
-_BOOST = 0.0001  # of a score; a match in a title counts a thousand times one in a text
+_BOOST = 0.0001  # a match in a title counts 1,000 times as much as one in a text
 _DECISIONS = PurePosixPath("docs/adr/README.md")  # a page that is made here
 
 

@@ -34,7 +34,7 @@ from loraplex_generation.experts.generator import Candidate, ExpertGenerator
 from loraplex_generation.experts.tower_sentences import tower_sentences
 from loraplex_generation.request import AdapterGenerationRequest
 from loraplex_training.images.clip_base import ClipBase
-from loraplex_training.images.config import ImageShape, ImageTraining
+from loraplex_training.images.config import TEMPLATE, ImageShape, ImageTraining
 from loraplex_training.images.few_shot import FewShot
 from loraplex_training.images.image_folder import LabelledImages, read_folder
 
@@ -59,9 +59,13 @@ def main() -> None:
             test = write_folder(folder / f"{colour}-test", labels, _N_TEST, 100 + index)
             tests[colour] = read_folder(test)
             experts[colour], scores[colour] = _learn(base, data, colour, options, tests[colour])
+        descriptions = [expert.description for expert in experts.values()]
+        embeddings = dict(zip(descriptions, tower_sentences(base, descriptions), strict=True))
         for colour, of_colour in scores.items():
             others = [expert for name, expert in experts.items() if name != colour]
-            of_colour |= _described(base, colour, others, tests[colour])
+            of_colour |= _described(
+                base, experts[colour].description, others, embeddings, tests[colour]
+            )
             print(json.dumps({colour: of_colour}), flush=True)
     settings = {name: getattr(options, name) for name in ("pretraining", "steps", "shots", "lr")}
     options.out.write_text(json.dumps({"settings": settings, "scores": scores}, indent=1) + "\n")
@@ -86,22 +90,29 @@ def _learn(
         for path, (a, b) in sorted(run.adapter.factors.items())
     }
     score = run.classify(test)
-    expert = Expert(colour, _description(colour), factors)
+    expert = Expert(colour, TEMPLATE.format(colour), factors)
     return expert, {"base": round(score.zero_shot, 3), "own": round(score.tuned, 3)}
 
 
 def _described(
-    base: Path, colour: str, experts: Sequence[Expert], test: LabelledImages
+    base: Path,
+    description: str,
+    experts: Sequence[Expert],
+    embeddings: Mapping[str, Tensor],
+    test: LabelledImages,
 ) -> dict[str, float]:
-    """Return the scores of the arms that know of the colour by its description alone."""
+    """Return the scores of the arms that know of a colour by its description alone.
+
+    ``embeddings``: of all descriptions.
+    """
 
     def encode(texts: Sequence[str]) -> Tensor:
-        return tower_sentences(base, texts)
+        return torch.stack([embeddings[text] for text in texts])
 
-    embeddings = encode([expert.description for expert in experts])
-    nearest = experts[int((embeddings @ encode([_description(colour)])[0]).argmax())]
-    fitted = FittedExperts.fit(experts, embeddings, "drawn-clip", by_base=True)
-    request = AdapterGenerationRequest(_description(colour), method="sg-lora", force=True)
+    described = encode([expert.description for expert in experts])
+    nearest = experts[int((described @ embeddings[description]).argmax())]
+    fitted = FittedExperts.fit(experts, described, "drawn-clip", by_base=True)
+    request = AdapterGenerationRequest(description, method="sg-lora", force=True)
     generator = ExpertGenerator("drawn-clip", None)
     scores = {}
     for arm, known, library in (
@@ -128,13 +139,9 @@ def _score(base: Path, tensors: Mapping[str, Tensor], test: LabelledImages) -> f
                 model.get_submodule(path).weight.data += tensors[key.replace("_A.", "_B.")] @ a
         model.save_pretrained(folder)
         clip = ClipBase.load(folder, "cpu")
-    prompts = clip.tokens([f"a photo of a {label}." for label in test.labels])
+    prompts = clip.tokens([TEMPLATE.format(label) for label in test.labels])
     best = clip.logits(clip.pixels([file for file, _ in test.images]), prompts).argmax(-1)
     return float((best == torch.tensor([label for _, label in test.images])).float().mean())
-
-
-def _description(colour: str) -> str:
-    return f"a photo of a {colour}."  # of words that the base knows
 
 
 def _itself(expert: Expert) -> Expert:

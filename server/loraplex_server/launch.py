@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 def serve(
     config: ServerConfig, listening: socket.socket, *, say: Callable[[str], None] = print
 ) -> None:
-    """Serve until a signal ends the server. Blocks, and closes ``listening``.
+    """Serve until a signal ends the server. Blocks.
 
     Raises ModelError, StoreError, ValueError or OSError during the start.
     """
@@ -64,7 +64,6 @@ def serve(
 
     transformers_logging.disable_progress_bar()  # the bar would mix with the log
     with contextlib.ExitStack() as closing:
-        closing.callback(listening.close)
         check_folders(config)
         model_path = resolve_model(config.model)
         name = public_name(config.model, model_path)

@@ -89,16 +89,15 @@ def _serve(flags: dict[str, object], config: Path | None, notes: list[str]) -> N
     from loraplex_server.model.errors import ModelError
 
     try:
-        set_up_logging(resolved.http)
-        for note in notes:
-            _log.info(note)
-        if resolved.model is None:
-            pull_missing_default()
-        serve_http(resolved, listening, say=typer.echo)
+        with listening:
+            set_up_logging(resolved.http)
+            for note in notes:
+                _log.info(note)
+            if resolved.model is None:
+                pull_missing_default()
+            serve_http(resolved, listening, say=typer.echo)
     except (ModelError, StoreError, ValueError, OSError) as error:
         raise failed(error) from None
-    finally:
-        listening.close()
 
 
 def _parameters(option: Option) -> list[inspect.Parameter]:

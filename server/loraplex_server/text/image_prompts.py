@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from loraplex_server.errors import invalid, unavailable
 from loraplex_server.images import ImageLimits, decode_image, image_bytes
 from loraplex_server.model.errors import ModelError
-from loraplex_server.model.loading.loader import run_load
+from loraplex_server.model.loading.loader import (
+    IMAGE_PROCESSOR_FILES,
+    has_image_processor,
+    run_load,
+)
 from loraplex_server.model.vision.layouts import Sight, VisionLayout, layout_of
 from loraplex_server.model.vision.prompt_image import Block, PromptImage
 
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _MAX_BYTES = 4 << 30  # of all prepared images, of requests that wait or run
 
 if TYPE_CHECKING:
@@ -79,10 +82,10 @@ class ImagePrompts:
         layout = layout_of(path)
         if layout is None:
             return None
-        if not any((path / name).is_file() for name in _PROCESSOR_FILES):
+        if not has_image_processor(path):
             raise ModelError(
                 f"the vision-language model at {str(path)!r} has no image processor: add its "
-                f"{' or '.join(_PROCESSOR_FILES)}, which processor.save_pretrained writes"
+                f"{' or '.join(IMAGE_PROCESSOR_FILES)}, which processor.save_pretrained writes"
             )
         try:
             processor, token, token_id = run_load(lambda: _load(path))

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 
 from loraplex_server.model.errors import ModelError
-
-_FILES = ("preprocessor_config.json", "processor_config.json")
+from loraplex_server.model.loading.loader import has_image_processor
 
 
 class _Processor(Protocol):
@@ -32,7 +31,7 @@ class ImageProcessor:
 
         Raises ModelError for files that cannot be read.
         """
-        if not any((path / name).is_file() for name in _FILES):
+        if not has_image_processor(path):
             return None
         try:
             # Pillow's arithmetic, whether or not torchvision is installed

@@ -8,11 +8,13 @@ convert. Then the default stays float32, and tensors of other threads get the dt
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 
 _T = TypeVar("_T")
+IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # one is enough
 
 # One lock for the process, as is the state that it guards. Reentrant: loads may be nested.
 _process_lock = threading.RLock()
@@ -26,6 +28,10 @@ def run_load(load: Callable[[], _T]) -> _T:
             return load()
         finally:
             torch.set_default_dtype(default)
+
+
+def has_image_processor(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in IMAGE_PROCESSOR_FILES)
 
 
 class Lazy(Generic[_T]):

@@ -46,7 +46,7 @@ class AdapterFiles(NamedTuple):
     """The files of an adapter: config text, safetensors bytes, and files beside them."""
 
     config: bytes
-    weights: Iterable[bytes]
+    weights: Iterable[bytes] | Path  # a path of the store's own: the file does not change
     chat_template: str | None
     companions: Mapping[str, bytes] = MappingProxyType({})  # see ``companion_files``
 
@@ -71,15 +71,18 @@ def ingest(
     *,
     tenant: str = "",
 ) -> Iterator[Ingested]:
-    """Copy, check and fold an adapter. On leaving, files that were not published are deleted.
+    """Copy or link, check and fold an adapter. On leaving, unpublished files are deleted.
 
-    The bytes are copied before they are checked, so that nobody can change them meanwhile. Raises
-    AdapterRefused.
+    Bytes from outside the store are copied before they are checked, so that nobody can change them
+    meanwhile. Raises AdapterRefused.
     """
     config = AdapterConfig.parse(adapter.config, limits)
     with files.staging_folder() as staged:
         files.write(staged / CONFIG_FILE, [adapter.config])
-        files.write(staged / WEIGHTS_FILE, _bounded(adapter.weights, limits.max_file_bytes))
+        if isinstance(adapter.weights, Path):
+            files.link(adapter.weights, staged / WEIGHTS_FILE)
+        else:
+            files.write(staged / WEIGHTS_FILE, _bounded(adapter.weights, limits.max_file_bytes))
         if adapter.chat_template is not None:
             files.write(staged / CHAT_TEMPLATE_FILE, [adapter.chat_template.encode()])
         with SafetensorsFile(staged / WEIGHTS_FILE, limits) as tensors:

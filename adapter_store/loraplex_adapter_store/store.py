@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loraplex_adapter_store.sources.local import read_directory
 
-from .adapter_importer import AdapterFiles, AdapterImporter, Progress, WithCard, chunks_of
+from .adapter_importer import AdapterFiles, AdapterImporter, Progress, WithCard
 from .base_spec import BaseSpec
 from .cards import Cards
 from .catalogue.catalogue import Catalogue
@@ -149,16 +149,13 @@ class AdapterStore:
     ) -> AdapterCard:
         """Add an upload: the text of adapter_config.json and the safetensors bytes or file.
 
+        ``weights``: a path must lie in a folder of ``upload_folder``, and the file must not change.
         ``companions``: the files of ``companion_files`` that the upload has, by name. Raises
         AdapterRefused, RevisionConflict or QuotaExceeded; then nothing changed.
         """
-        put, source = self._importer.put, {"source": "upload"}
-        if isinstance(weights, bytes):
-            files = AdapterFiles(config, [weights], chat_template, companions)
-            return put(name, files, options, source)
-        with weights.open("rb") as file:
-            files = AdapterFiles(config, chunks_of(file), chat_template, companions)
-            return put(name, files, options, source)
+        stored = [weights] if isinstance(weights, bytes) else weights
+        files = AdapterFiles(config, stored, chat_template, companions)
+        return self._importer.put(name, files, options, {"source": "upload"})
 
     def upload_folder(self) -> AbstractContextManager[Path]:
         """An empty directory on the store's disk for an upload, deleted at the end."""

@@ -51,6 +51,14 @@ class Disk:
                 os.fsync(file.fileno())
         return n_bytes
 
+    def link(self, path: Path, target: Path) -> None:
+        """Give the file ``path`` a second name, with its bytes flushed to the device."""
+        self.before("create", target)
+        target.hardlink_to(path)
+        with target.open("rb") as file:
+            self.before("fsync", target)
+            os.fsync(file.fileno())
+
     def publish(self, staged: Path, final: Path) -> None:
         """Rename a complete staged directory into place, atomically."""
         self.sync_directory(staged)
@@ -166,8 +174,11 @@ class ContentFiles:
         finally:
             self.discard(staged)
 
-    def write(self, path: Path, chunks: Iterable[bytes]) -> int:
+    def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> int:
         return self._disk.write(path, chunks)
+
+    def link(self, path: Path, target: Path) -> None:
+        self._disk.link(path, target)
 
     def n_bytes(self, folder: Path) -> int:
         return sum(entry.stat().st_size for entry in folder.iterdir())

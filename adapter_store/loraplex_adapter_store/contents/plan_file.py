@@ -46,7 +46,7 @@ _ENUMS = {cls.__name__: cls for cls in (Activation, Family, HeadTask, PoolingMod
 
 
 class PackedPlan(NamedTuple):
-    chunks: tuple[bytes, ...]
+    chunks: tuple[bytes | memoryview, ...]
     sha256: str  # of all chunks
 
 
@@ -62,8 +62,8 @@ def pack_plan(plan: AdapterPlan) -> PackedPlan:
             n_elements = storage.nbytes() // 4
             n_before += n_elements
             flat.append(torch.as_strided(tensor, (n_elements,), (1,), 0))
-    chunks = [pack_header({"version": 1, "plan": _encode(plan, starts)})]
-    chunks += [part.numpy().tobytes() for part in flat]
+    chunks: list[bytes | memoryview] = [pack_header({"version": 1, "plan": _encode(plan, starts)})]
+    chunks += [part.view(torch.uint8).numpy().data for part in flat if part.numel()]
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)

@@ -123,8 +123,10 @@ def module_names(base: BaseSpec) -> frozenset[str]:
 
 def resolve_module(path: str, names: Container[str]) -> str | None:
     """Return the name that ``path`` means without wrappers' prefixes, or None."""
-    if path in names:  # also the first candidate, without the time to make the others
-        return path
+    # The first two candidates, without the time to make the others.
+    for name in (path, path.removeprefix(_WRAPPERS[0])):
+        if name in names:
+            return name
     return next((name for name in _candidates(path) if name in names), None)
 
 

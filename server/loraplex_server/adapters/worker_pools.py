@@ -5,6 +5,7 @@ holds no thread.
 """
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -28,7 +29,7 @@ class WorkerPools:
         self.catalogue = TenantThreads("catalogue", 16, 8)  # reads that may wait for a bucket
         self.loads = TenantThreads("loads", 16, 8)  # from disk to host memory; may wait for memory
         # checks and writes of uploads, deletions
-        self.changes = TenantThreads("changes", 4, 3, initializer=_leave_cores_to_serving)
+        self.changes = TenantThreads("changes", 4, 3, initializer=_take_idle_cores)
         self.jobs = TenantThreads("jobs", 8, 4)  # downloads, warm-ups
         self.generation = TenantThreads("generation", 1, 1)  # makes one adapter at a time
         self.batches = TenantThreads("batches", 1, 1)  # calls to the store of files and batches
@@ -48,6 +49,17 @@ def one_core(name: str) -> TenantThreads:
     """Return one thread that computes with low priority, on one core."""
 
     return TenantThreads(name, 1, 1, initializer=_leave_cores_to_serving)
+
+
+def _take_idle_cores() -> None:
+    """Let a thread run only where a core has nothing else to do (Linux), so that it stops no step.
+
+    A thread with a low priority still takes whole slices of a core, and a step of the engine waits
+    for each of its threads.
+    """
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    torch.set_num_threads(1)  # of this thread
 
 
 def _leave_cores_to_serving() -> None:

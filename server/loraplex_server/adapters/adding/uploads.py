@@ -20,7 +20,6 @@ from loraplex_server.errors import ApiError, invalid
 from .card_file import MAX_CARD_TEXT, read_card_file
 
 _MAX_TEXT = 1 << 20  # bytes of each part but the weights
-_PIECE_BYTES = 1 << 20  # written at once: each write takes a turn of a thread
 _TEXTS = TypeAdapter(tuple[str, ...])
 # accepted names of a part → what it is
 _PARTS = {
@@ -75,7 +74,7 @@ async def receive_upload(request: Request, folder: Path, count: Callable[[int], 
         raise invalid("the upload is no multipart/form-data", None, "bad_upload")
     parser = FolderParser(
         request.headers,
-        _in_pieces(request.stream()),
+        request.stream(),
         folder=folder,
         count=count,
         max_files=len(_PARTS),
@@ -90,18 +89,6 @@ async def receive_upload(request: Request, folder: Path, count: Callable[[int], 
         return await _read(form)
     finally:
         await form.close()
-
-
-async def _in_pieces(stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """Join the chunks of a body, so that fewer writes wait for a thread."""
-    piece = bytearray()
-    async for chunk in stream:
-        piece += chunk
-        if len(piece) >= _PIECE_BYTES:
-            yield bytes(piece)
-            piece.clear()
-    if piece:
-        yield bytes(piece)
 
 
 class FolderParser(MultiPartParser):
